@@ -1,0 +1,28 @@
+"""The catalogue: variants, workloads, device classes, metrics and model configurations, as TOML people edit."""
+
+from pytest_zimage.catalog.loader import Catalog, load_catalog
+from pytest_zimage.catalog.model import (
+    ROLE_FOLDERS,
+    ROLES,
+    DeviceClass,
+    Metric,
+    ModelDims,
+    ModelFile,
+    Role,
+    Variant,
+    Workload,
+)
+
+__all__ = [
+    "ROLES",
+    "ROLE_FOLDERS",
+    "Catalog",
+    "DeviceClass",
+    "Metric",
+    "ModelDims",
+    "ModelFile",
+    "Role",
+    "Variant",
+    "Workload",
+    "load_catalog",
+]

@@ -1,0 +1,121 @@
+"""What the catalogue holds: frozen rows, checked as they are read.
+
+Every row is a TOML table; `loader` turns tables into these types and turns a mistake into an error that names file,
+table and key.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+WeightDtype = Literal["default", "fp8_e4m3fn", "fp8_e4m3fn_fast"]
+Kernels = Literal["comfy", "plain"]
+Role = Literal["transformer", "text_encoder", "vae"]
+ROLES: tuple[Role, ...] = ("transformer", "text_encoder", "vae")
+
+#: The folders of ComfyUI's model layout that may hold each role, the preferred name first.
+ROLE_FOLDERS: dict[Role, tuple[str, ...]] = {
+    "transformer": ("diffusion_models", "unet"),
+    "text_encoder": ("text_encoders", "clip"),
+    "vae": ("vae",),
+}
+
+
+class Variant(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One quantisation configuration: which files, computed how."""
+
+    name: str
+    title: str
+    """The label of the published table, or the owner's own words."""
+    transformer: str
+    """File name inside the model set's transformer folder."""
+    text_encoder: str
+    vae: str = "ae.safetensors"
+    weight_dtype: WeightDtype = "default"
+    """ComfyUI's UNETLoader setting: keep the file's types, cast every parameter to FP8, or also multiply in FP8."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    text_encoder_dtype: Literal["bfloat16", "float32"] = "float32"
+    """Activations of the text encoder; ComfyUI runs float32 over any weight format."""
+    vae_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    kernels: Kernels = "comfy"
+    """`comfy`: fused qkv and comfy-kitchen's `rms_rope`, as ComfyUI; `plain`: diffusers' own modules."""
+    tags: tuple[str, ...] = ()
+    lanes: tuple[str, ...] = ()
+    """Device classes it may run on; empty means all."""
+
+    def files(self) -> dict[Role, str]:
+        """File name by role."""
+        return {"transformer": self.transformer, "text_encoder": self.text_encoder, "vae": self.vae}
+
+
+class ModelFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is known of an official file beforehand."""
+
+    name: str
+    bytes: int
+    """Size of the official file; 1e9-based tables print it rounded."""
+    tensors: int | None = None
+    source: str = ""
+
+
+class Workload(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is drawn."""
+
+    name: str
+    title: str
+    width: int
+    height: int
+    steps: int
+    sampler: Literal["res_multistep", "euler"]
+    schedule: Literal["simple"]
+    shift: float
+    guidance: float
+    seed: int
+    prompt: str
+
+
+class DeviceClass(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A kind of machine whose numbers may be compared; its name is also the lane marker."""
+
+    name: str
+    title: str
+    pattern: str = ""
+    """Regular expression over the whole NVML device name, without regard to case; empty for `cpu`."""
+    capability: tuple[int, int] | None = None
+    memory_gib: tuple[float, float] | None = None
+    """Plausible range of the device's memory; tells a MIG slice from the whole device."""
+    unified_memory: bool = False
+    stored_timings: bool = True
+    """False for `cpu`: no two hosts agree, so timings are judged only against runs of the same machine."""
+    bands: dict[str, float] = {}
+    """Relative band by metric, where this device is quieter or noisier than the rule's default."""
+
+
+class Metric(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How one quantity is judged: the constants of the decision rule, editable."""
+
+    name: str
+    title: str
+    unit: Literal["s", "bytes", "count"]
+    kind: Literal["sampled", "exact"]
+    """`sampled` goes through the decision rule; `exact` must be equal, on every machine."""
+    prior: float = 0.0
+    """s0: relative run-to-run standard deviation assumed until this machine has shown its own."""
+    floor: float = 0.0
+    band: float = 0.0
+    band_absolute: float = 0.0
+    """In the metric's unit; the wider of the two bands counts."""
+    max_runs: int = 1
+    worse: str = "CHANGED"
+    better: str = "CHANGED"
+
+
+class ModelDims(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The configuration of the three networks of a model set, as keyword arguments of their own config classes."""
+
+    name: str
+    transformer: dict[str, object]
+    text_encoder: dict[str, object]
+    vae: dict[str, object]

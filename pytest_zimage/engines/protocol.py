@@ -1,0 +1,163 @@
+"""What the test process and a worker say to each other: one JSON object a line, typed on both sides.
+
+The worker answers each request with exactly one reply, preceded by any number of `Progress` lines. Times are seconds,
+sizes bytes. Nothing here imports torch, so that both sides can.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from pytest_zimage.catalog.model import ModelDims, Role, Variant, Workload
+
+
+class Injection(Struct, frozen=True):
+    """Faults put in on purpose, to prove that a gate can fail. Zero means none."""
+
+    warm_latency: float = 0.0
+    """Fraction of each phase's own time that every draw is slowed by."""
+    cold_load: float = 0.0
+    """Fraction of the cold load's own time that it is slowed by."""
+    memory_bytes: int = 0
+    """Extra memory, touched and held from before the load on."""
+
+    def __bool__(self) -> bool:
+        return bool(self.warm_latency or self.cold_load or self.memory_bytes)
+
+
+# ---- requests ------------------------------------------------------------
+
+
+class Load(Struct, frozen=True, tag=True):
+    """Read one variant's files and make it ready to draw."""
+
+    variant: Variant
+    workload: Workload
+    dims: ModelDims
+    files: dict[Role, str]
+    tokenizer: str
+    device: str
+    """A torch device: `cpu` or `cuda:0`."""
+    inject: Injection = Injection()
+
+
+class Draw(Struct, frozen=True, tag=True):
+    """Draw `rounds` images one after another, each timed with the device synchronised around it."""
+
+    rounds: int
+    first: bool = False
+    """The image that completes the cold load; it is injected by `cold_load`, never by `warm_latency`."""
+    save: str = ""
+    """Where to write the last image as PNG, outside the timed region."""
+
+
+class Report(Struct, frozen=True, tag=True):
+    """Ask for memory peaks and what the weights are held as."""
+
+
+class Close(Struct, frozen=True, tag=True):
+    """Leave in good order."""
+
+
+Request = Load | Draw | Report | Close
+
+# ---- replies ------------------------------------------------------------
+
+
+class Hello(Struct, frozen=True, tag=True):
+    """The first line of a worker: it has imported what it needs and holds no weights yet."""
+
+    pid: int
+    import_s: float
+    rss_idle_bytes: int
+    environment: dict[str, str]
+    """Versions and device as the worker sees them."""
+
+
+class Progress(Struct, frozen=True, tag=True):
+    """A sign of life during a request."""
+
+    stage: str
+    done: int = 0
+    total: int = 0
+
+
+class Loaded(Struct, frozen=True, tag=True):
+    """The variant is ready; nothing was missing, nothing unexpected, nothing left on meta."""
+
+    phases_s: dict[str, float]
+    """`read`, `build`, `to_device`: adds up to the load without the first image."""
+    load_s: float
+    weight_bytes: dict[str, int]
+    """Bytes held by the three networks, by storage type (`bfloat16`, `float8_e4m3fn`, `nvfp4`, ...)."""
+    tensors: dict[str, int]
+    """Number of weight tensors by storage type, all three networks."""
+    compute: dict[str, int]
+    """Number of linears by how they compute (`plain`, `cast`, `weight-only`, `quantised-activations`)."""
+    notes: tuple[str, ...] = ()
+
+
+class Round(Struct, frozen=True):
+    """One timed image."""
+
+    seconds: float
+    phases_s: dict[str, float]
+    """`text_encode`, `step_1`..`step_N`, `vae_decode`, `to_image`."""
+    forwards: int
+    """Transformer forwards counted during this image."""
+    pixels_sha256: str
+
+
+class Drawn(Struct, frozen=True, tag=True):
+    """The images of one `Draw`."""
+
+    rounds: tuple[Round, ...]
+
+
+class Reported(Struct, frozen=True, tag=True):
+    """Peaks since the worker started. None: this machine cannot say; `notes` says why."""
+
+    rss_peak_bytes: int
+    rss_peak_source: str
+    rss_sampled_peak_bytes: int | None
+    device_peak_bytes: int | None
+    device_reserved_peak_bytes: int | None
+    nvml_process_peak_bytes: int | None
+    notes: tuple[str, ...] = ()
+
+
+class Closed(Struct, frozen=True, tag=True):
+    """The last line of a worker."""
+
+
+class Failure(Struct, frozen=True, tag=True):
+    """The request failed; the worker is still there and may be asked to close."""
+
+    kind: str
+    """Class name of the error; the names of `pytest_zimage.errors` come back as themselves."""
+    message: str
+    mend: str = ""
+    traceback: str = ""
+
+
+Reply = Hello | Progress | Loaded | Drawn | Reported | Closed | Failure
+
+_encoder = msgspec.json.Encoder()
+_requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
+_replies: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
+
+
+def encode(message: Request | Reply) -> bytes:
+    """One line, newline included."""
+    return _encoder.encode(message) + b"\n"
+
+
+def decode_request(line: bytes) -> Request:
+    """Raises `msgspec.MsgspecError` on anything that is not a request."""
+    return _requests.decode(line)
+
+
+def decode_reply(line: bytes) -> Reply:
+    """Raises `msgspec.MsgspecError` on anything that is not a reply."""
+    return _replies.decode(line)

@@ -1,0 +1,63 @@
+"""What a judgement says. Plain data: the words, the numbers behind them, and how sure they are."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+Outcome = Literal["pass", "regression", "improvement", "inconclusive", "no-baseline", "unfit", "changed", "error"]
+"""The class of a verdict; `Verdict.verdict` is the word a person reads (SLOWER, BIGGER, ...)."""
+
+
+class Judgement(Struct, frozen=True, kw_only=True):
+    """The decision rule's answer for one metric; ratios are relative (0.03 is 3 %), changes new/base - 1."""
+
+    outcome: Outcome
+    value: float | None = None
+    """Centre of the new runs, in the metric's unit."""
+    baseline: float | None = None
+    change: float | None = None
+    interval: tuple[float, float] | None = None
+    """95 % interval of the change."""
+    band: float | None = None
+    """Effective relative band: the wider of relative and absolute."""
+    noise: float | None = None
+    """s: relative run-to-run standard deviation used."""
+    mde: float | None = None
+    """MDE80: smallest change caught 8 times out of 10 with three new runs."""
+    k_base: int = 0
+    k_new: int = 0
+    wants_more: bool = False
+    """True while another fresh run could settle it."""
+    notes: tuple[str, ...] = ()
+
+
+class Verdict(Struct, frozen=True, kw_only=True):
+    """One row of the results file."""
+
+    test: str
+    variant: str
+    metric: str
+    unit: str
+    verdict: str
+    outcome: Outcome
+    value: float | dict[str, int] | None = None
+    baseline: float | dict[str, int] | None = None
+    change: float | None = None
+    interval: tuple[float, float] | None = None
+    band: float | None = None
+    noise: float | None = None
+    mde: float | None = None
+    k_base: int = 0
+    k_new: int = 0
+    samples: tuple[tuple[float, ...], ...] = ()
+    """Per new run its rounds, in the metric's unit."""
+    notes: tuple[str, ...] = ()
+    phases: dict[str, tuple[float | None, float]] = {}
+    """Phase name to (baseline, measured) seconds."""
+    environment_changed: dict[str, tuple[str, str]] = {}
+    """Environment key to (baseline, now), only where they differ."""
+    injected: bool = False
+    reference: str = ""
+    """A published figure shown beside a verdict that has no baseline of its own."""
