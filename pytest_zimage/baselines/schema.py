@@ -26,12 +26,12 @@ class Key(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return f"{self.folder()}/{self.variant}.json"
 
 
-class Band(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Band(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     relative: float
     absolute: float = 0.0
 
 
-class BaseRun(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BaseRun(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One recorded run of one metric."""
 
     rounds: tuple[float, ...]
@@ -42,7 +42,7 @@ class BaseRun(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Mean seconds by phase, where the metric has phases."""
 
 
-class Published(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Published(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A printed summary; std is 0 where only one value was printed."""
 
     n: int
@@ -61,6 +61,8 @@ class MetricBaseline(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     published: Published | None = None
     exact: int | dict[str, int] | None = None
     band: Band | None = None
+    environment: dict[str, str] = {}
+    """Only where it differs from the file's, because this metric was recorded at another time. "" is: not recorded."""
 
 
 class Provenance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -78,3 +80,8 @@ class Baseline(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     recorded_at: str
     environment: dict[str, str]
     metrics: dict[str, MetricBaseline]
+
+    def environment_of(self, metric: str) -> dict[str, str]:
+        """The environment that `metric` was recorded in."""
+        merged = {**self.environment, **self.metrics[metric].environment}
+        return {key: value for key, value in merged.items() if value}

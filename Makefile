@@ -1,0 +1,41 @@
+# `make suites` runs the suite on the tiny synthetic model; `make test` runs the project's own tests. Both first make the
+# environment in .venv, once, and again only when pyproject.toml changes. Only python3 (3.11 or newer) with venv is needed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+PYTEST_ARGS ?=
+
+.PHONY: suites test baselines bench lint env clean
+
+suites: $(STAMP)
+	$(BIN)/python -m pytest suites $(PYTEST_ARGS)
+
+test: $(STAMP) lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+# Records this machine's timings and memory (five runs a variant), so that later runs are judged against them.
+baselines: $(STAMP)
+	$(BIN)/python -m pytest suites --update-baselines --update-reason "recorded on this machine by make baselines" $(PYTEST_ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/decision_rule.py
+	$(BIN)/python benchmarks/import_cost.py
+	$(BIN)/python benchmarks/harness_overhead.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pytest-zimage needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0] + ". Name another with: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .zimage

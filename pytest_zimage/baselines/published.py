@@ -1,0 +1,111 @@
+"""Turns a published table into baseline files of provenance `published`.
+
+    python -m pytest_zimage.baselines.published TABLE.json baselines --recorded-at 2025-01-31
+
+The table is JSON: `title`, `engine`, `hardware`, `stack` and, by variant, `warm_s` {n, mean, std, min, max},
+`cold_s`, `rss_peak_gb` and `working_set_gb`. Only what was printed is stored. File sizes were printed in rounded 1e9
+bytes, so they are no baseline of the exact `disk_bytes`; memory was printed in GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from pytest_zimage.baselines.schema import SCHEMA, Baseline, Key, MetricBaseline, Provenance, Published
+from pytest_zimage.baselines.writing import locked, to_bytes, write_atomically
+from pytest_zimage.errors import BaselineError, ZImageError
+
+_GIB = 2**30
+_STACK_NAMES = {"comfy_kitchen": "comfy-kitchen", "cuda": "torch_cuda"}
+"""The table's name -> the key under which the environment is recorded everywhere else."""
+
+
+class Row(Struct, frozen=True):
+    """One variant of the table."""
+
+    warm_s: Published
+    cold_s: float
+    rss_peak_gb: float
+    working_set_gb: float
+
+
+class Table(Struct, frozen=True):
+    """What is read of the published table; its other fields are prose."""
+
+    title: str
+    engine: str
+    hardware: str
+    stack: dict[str, str]
+    variants: dict[str, Row]
+
+
+def read_table(path: Path) -> Table:
+    """Raises `BaselineError` naming file and field."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Table)
+    except OSError as error:
+        raise BaselineError(f"{path}: cannot be read: {error.strerror}", mend="name the table's JSON file") from error
+    except msgspec.MsgspecError as error:
+        raise BaselineError(
+            f"{path}: not such a table: {error}", mend="its fields are in this module's text"
+        ) from error
+
+
+def baselines_of(table: Table, *, device: str, workload: str, recorded_at: str) -> list[Baseline]:
+    """One baseline a variant, of the official model set."""
+    environment = {_STACK_NAMES.get(name, name): value for name, value in table.stack.items()}
+    return [
+        Baseline(
+            schema=SCHEMA,
+            key=Key(device=device, engine=table.engine, model_set="official", workload=workload, variant=name),
+            provenance=Provenance(kind="published", source=table.title),
+            reason="as published; no measurement of this project's own",
+            recorded_at=recorded_at,
+            environment={**environment, "hardware": table.hardware},
+            metrics={
+                "warm_latency": MetricBaseline(unit="s", published=row.warm_s),
+                "cold_load": MetricBaseline(unit="s", published=Published(n=1, mean=row.cold_s)),
+                "rss_peak": _memory(row.rss_peak_gb),
+                "working_set": _memory(row.working_set_gb),
+            },
+        )
+        for name, row in table.variants.items()
+    ]
+
+
+def _memory(gib: float) -> MetricBaseline:
+    return MetricBaseline(unit="bytes", published=Published(n=1, mean=float(round(gib * _GIB))))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="write published figures as baseline files")
+    parser.add_argument("table", type=Path)
+    parser.add_argument("baselines", type=Path, help="folder of the stored baselines")
+    parser.add_argument("--device", default="gb10")
+    parser.add_argument("--workload", default="turbo-1024")
+    parser.add_argument("--recorded-at", required=True, metavar="DATE", help="day of the transcription, YYYY-MM-DD")
+    options = parser.parse_args(arguments)
+    try:
+        for baseline in baselines_of(
+            read_table(options.table),
+            device=options.device,
+            workload=options.workload,
+            recorded_at=options.recorded_at,
+        ):
+            path = options.baselines / baseline.key.path()
+            with locked(path.parent):
+                write_atomically(path, to_bytes(baseline))
+            print(path)
+    except ZImageError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Finding, reading and rewriting baselines in their three layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from pytest_zimage.baselines.layers import Layer, layer_key, layer_of
+from pytest_zimage.baselines.reading import NewerSchemaError, read_baseline
+from pytest_zimage.baselines.schema import Baseline, Key, MetricBaseline, Published
+from pytest_zimage.baselines.writing import locked, to_bytes, write_atomically
+from pytest_zimage.catalog import Catalog
+from pytest_zimage.errors import BaselineError
+
+MACHINE = "machine"
+"""Key of `Baseline.environment` that holds the fingerprint of the machine, in the machine layer."""
+
+
+class Found(Struct, frozen=True, kw_only=True):
+    """A stored baseline of one metric."""
+
+    metric: MetricBaseline
+    baseline: Baseline
+    path: Path
+    layer: Layer
+
+
+class Absent(Struct, frozen=True, kw_only=True):
+    """NO BASELINE: nothing of this kind has been recorded yet. Not an error."""
+
+    reason: str
+
+
+class Reference(Struct, frozen=True, kw_only=True):
+    """A published figure, to be shown beside a verdict that has no baseline of its own."""
+
+    published: Published
+    unit: str
+    engine: str
+    model_set: str
+    source: str
+
+
+class Neighbours(Struct, frozen=True, kw_only=True):
+    """What the other variants of a folder have recorded for one metric."""
+
+    metrics: tuple[MetricBaseline, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Files that could not be read; their own variants' tests fail."""
+
+
+class BaselineStore:
+    """`baselines` holds the portable and device layers, `local` that of this machine, known by its fingerprint."""
+
+    def __init__(self, baselines: Path, local: Path, *, catalog: Catalog, machine: str) -> None:
+        self._baselines = baselines
+        self._local = local
+        self._catalog = catalog
+        self._machine = machine
+
+    def find(self, key: Key, metric: str) -> Found | Absent:
+        """The baseline of `metric`, or why there is none yet.
+
+        Raises `BaselineError` for a file that cannot be trusted, and where the folder of `key` holds baselines but none
+        of this variant or metric: that is a gap, not a beginning.
+        """
+        layer, path = self.locate(key, metric)
+        stored_key = layer_key(key, layer)
+        if not any(path.parent.glob("*.json")):
+            return Absent(reason=f"no baselines in {path.parent}")
+        if not path.is_file():
+            raise BaselineError(
+                f"{path}: is missing, though the folder holds baselines of other variants",
+                mend=f"record it: --zimage-config {key.variant} --update-baselines --update-mode new",
+            )
+        baseline = read_baseline(path, stored_key, self._catalog.metrics)
+        if layer == "machine" and not self.is_ours(baseline):
+            theirs = baseline.environment.get(MACHINE, "an unnamed machine")
+            return Absent(reason=f"{path} was recorded on another machine ({theirs}; this is {self._machine})")
+        if metric not in baseline.metrics:
+            raise BaselineError(
+                f"{path}: has no metric {metric!r}; it has {', '.join(sorted(baseline.metrics))}",
+                mend=f"record it: --zimage-config {key.variant} --update-baselines --update-mode new",
+            )
+        return Found(metric=baseline.metrics[metric], baseline=baseline, path=path, layer=layer)
+
+    def neighbours(self, key: Key, metric: str) -> Neighbours:
+        """The same metric of the other variants, for the noise they show."""
+        layer, path = self.locate(key, metric)
+        metrics, notes = [], []
+        for other in sorted(path.parent.glob("*.json")):
+            if other == path:
+                continue
+            other_key = msgspec.structs.replace(layer_key(key, layer), variant=other.stem)
+            try:
+                baseline = read_baseline(other, other_key, self._catalog.metrics)
+            except BaselineError as error:
+                notes.append(f"its noise is left out: {error.message}")
+                continue
+            if metric in baseline.metrics and (layer != "machine" or self.is_ours(baseline)):
+                metrics.append(baseline.metrics[metric])
+        return Neighbours(metrics=tuple(metrics), notes=tuple(notes))
+
+    def published_reference(self, key: Key, metric: str) -> Reference | None:
+        """The published figure of any engine and model set for this device class, workload, variant and metric."""
+        for path, other in self._published(key):
+            # A shown figure only: a file that is broken fails the tests that are judged by it.
+            with suppress(BaselineError):
+                stored = read_baseline(path, other, self._catalog.metrics)
+                found = stored.metrics.get(metric)
+                if found is not None and found.published is not None:
+                    return Reference(
+                        published=found.published,
+                        unit=found.unit,
+                        engine=other.engine,
+                        model_set=other.model_set,
+                        source=stored.provenance.source,
+                    )
+        return None
+
+    def rewrite(
+        self,
+        key: Key,
+        layer: Layer,
+        merge: Callable[[Baseline | None], Baseline | None],
+        *,
+        replace_unreadable: bool = False,
+    ) -> Path:
+        """Replace the file of `key` by what `merge` makes of its present content, while no other session may.
+
+        `merge` gets None where there is no file or one of another machine; what it returns is written, None leaves the
+        file alone. With `replace_unreadable` a broken file counts as none and is kept beside as `NAME.unreadable`; one
+        of a newer schema is never replaced. Raises `BaselineError`; the old file is then as it was.
+        """
+        path = self.root(layer) / layer_key(key, layer).path()
+        with locked(path.parent):
+            current = None
+            if path.exists():
+                try:
+                    current = read_baseline(path, layer_key(key, layer), self._catalog.metrics)
+                except NewerSchemaError:
+                    raise
+                except BaselineError:
+                    if not replace_unreadable:
+                        raise
+                    write_atomically(path.with_name(path.name + ".unreadable"), path.read_bytes())
+            if current is not None and layer == "machine" and not self.is_ours(current):
+                current = None
+            merged = merge(current)
+            if merged is not None:
+                write_atomically(path, to_bytes(self._stamped(merged, layer)))
+        return path
+
+    def root(self, layer: Layer) -> Path:
+        return self._local if layer == "machine" else self._baselines
+
+    def locate(self, key: Key, metric: str) -> tuple[Layer, Path]:
+        """Layer and file of `metric`. Raises `BaselineError` for a metric that the catalogue does not have."""
+        if metric not in self._catalog.metrics:
+            raise BaselineError(f"unknown metric {metric!r}", mend=f"known: {', '.join(self._catalog.metrics)}")
+        layer = layer_of(self._catalog.metrics[metric], self._catalog.device(key.device))
+        return layer, self.root(layer) / layer_key(key, layer).path()
+
+    def is_ours(self, baseline: Baseline) -> bool:
+        """Whether this machine recorded it."""
+        return baseline.environment.get(MACHINE) == self._machine
+
+    def _stamped(self, baseline: Baseline, layer: Layer) -> Baseline:
+        if layer != "machine":
+            return baseline
+        return msgspec.structs.replace(baseline, environment={**baseline.environment, MACHINE: self._machine})
+
+    def _published(self, key: Key) -> Iterator[tuple[Path, Key]]:
+        """Files of this device class, workload and variant, with the key that each claims and lies under."""
+        for path in sorted(self._baselines.glob(f"{key.device}/*-{key.workload}/{key.variant}.json")):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                claimed = msgspec.convert(json.loads(path.read_bytes())["key"], Key)
+                if claimed.workload == key.workload and self._baselines / claimed.path() == path:
+                    yield path, claimed

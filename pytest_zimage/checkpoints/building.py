@@ -1,0 +1,57 @@
+"""The three networks with the modules a variant asks for, built without storage and ready to be filled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from transformers import Qwen3Model
+
+from pytest_zimage.catalog.model import ModelDims, Variant
+from pytest_zimage.checkpoints.attention import FusedAttention, MatrixRope
+from pytest_zimage.checkpoints.casting import TypedTimestepEmbedder, TypedZImageTransformer
+from pytest_zimage.checkpoints.networks import meta_network
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`bfloat16` to `torch.bfloat16`."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def build_transformer(dims: ModelDims, variant: Variant, device: torch.device) -> Any:
+    """The transformer with the attention that `variant.kernels` names; parameters on `meta`, tables on `device`."""
+    compute = torch_dtype(variant.compute_dtype)
+    transformer = meta_network("transformer", dims, TypedZImageTransformer)
+    transformer.compute_dtype = compute
+    transformer.t_embedder = TypedTimestepEmbedder(transformer.t_embedder, compute)
+    if variant.kernels == "comfy":
+        _fuse_attention(transformer)
+        config = transformer.config
+        transformer.rope_embedder = MatrixRope(config.rope_theta, config.axes_dims, config.axes_lens, device)
+    return transformer.eval()
+
+
+def build_text_encoder(dims: ModelDims, device: torch.device) -> Any:
+    """The text encoder; parameters on `meta`, rotary frequencies in float32 on `device`."""
+    encoder = meta_network("text_encoder", dims, Qwen3Model)
+    # Its frequencies are computed, not read; and never cast, which would change every embedding.
+    encoder.rotary_emb = type(encoder.rotary_emb)(config=encoder.config).to(device)
+    return encoder.eval()
+
+
+def build_vae(dims: ModelDims) -> Any:
+    """The VAE, parameters on `meta`."""
+    return meta_network("vae", dims, AutoencoderKL).eval()
+
+
+def _fuse_attention(transformer: Any) -> None:
+    blocks: list[Any] = [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
+    for block in blocks:
+        attention = block.attention
+        with torch.device("meta"):
+            fused: nn.Module = FusedAttention(attention.query_dim, attention.heads, attention.norm_q.eps)
+        block.attention = fused

@@ -1,0 +1,224 @@
+"""Which tensors of a file are quantised layers, and how: ComfyUI's three ways of saying so, read without torch.
+
+Rules as in ComfyUI comfy/utils.py `convert_old_quants` and comfy/ops.py `mixed_precision_ops`: what the header's
+`_quantization_metadata` says of a layer wins over the layer's own `.comfy_quant` blob, which wins over the old
+`scaled_fp8` marker.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
+
+from pytest_zimage.checkpoints.header import Header, TensorInfo
+from pytest_zimage.checkpoints.keymap import TRANSFORMER_PREFIXES
+from pytest_zimage.checkpoints.scales import check_layer
+from pytest_zimage.errors import CheckpointError, UnsupportedError
+
+Format = Literal["float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise"]
+Source = Literal["none", "header", "blobs", "scaled_fp8"]
+
+KNOWN_FORMATS: tuple[Format, ...] = get_args(Format)
+"""Formats of a layer that can be read."""
+
+SCALE_SUFFIXES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
+"""Tensors that may stand beside a quantised layer's `weight`."""
+
+_COMFYUI_ONLY = ("convrot_w4a4", "asym_w4a8_int8", "awq_w4a16")
+_OLD_SUFFIXES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+_ORPHANS = (*SCALE_SUFFIXES, *_OLD_SUFFIXES)
+_PACKED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "U8", "I8")
+_BLOB_LIMIT_BYTES = 65536
+_ANEW = "have the file written anew, or take the official one"
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedLayer:
+    """One linear held in a quantised format."""
+
+    name: str
+    """The layer's name in the file, prefix removed."""
+    format: Format
+    weight_only: bool
+    """The file asks for dequantised weights and untouched activations."""
+    tensors: dict[str, TensorInfo]
+    """By suffix: `weight` and those of `SCALE_SUFFIXES` that the file has. Scales keep the dtype they have on disk."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The layer's whole record, e.g. `convrot` and `convrot_groupsize` of INT8."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A file's tensors, sorted into plain ones and quantised layers; names have the prefix removed."""
+
+    plain: dict[str, TensorInfo]
+    quantised: dict[str, QuantisedLayer]
+    source: Source
+    """Where the quantisation was recorded; the strongest, if in several places."""
+    prefix: str
+
+
+def detect(header: Header, read: Callable[[TensorInfo], bytes]) -> Contents:
+    """Sort the tensors of `header`; `read` gives a tensor's bytes and is asked for blobs and scalars only.
+
+    Raises `CheckpointError` naming file and layer for a record that cannot be followed, a quantised layer that lacks a
+    tensor or has one of the wrong shape or dtype, and a scale or packed weight that no record explains;
+    `UnsupportedError` for formats and scale shapes that are sound but not served.
+    """
+    prefix, tensors = _strip_prefix(header)
+    marker = tensors.pop("scaled_fp8", None)
+    records: dict[str, dict[str, Any]] = {}
+    source: Source = "none"
+    if marker is not None:
+        source = "scaled_fp8"
+        records |= _from_marker(header, marker, tensors, read)
+    blobs = _from_blobs(header, tensors, read)
+    if blobs:
+        source = "blobs"
+        records |= blobs
+    named = _from_header(header, prefix)
+    if named is not None:
+        source = "header"
+        records |= named
+    quantised = {layer: _layer(header, layer, record, tensors) for layer, record in records.items()}
+    _check_rest(header, tensors)
+    return Contents(tensors, quantised, source, prefix)
+
+
+def _strip_prefix(header: Header) -> tuple[str, dict[str, TensorInfo]]:
+    prefix = next((p for p in TRANSFORMER_PREFIXES if any(name.startswith(p) for name in header.tensors)), "")
+    tensors: dict[str, TensorInfo] = {}
+    for name, tensor in header.tensors.items():
+        bare = name.removeprefix(prefix)
+        if bare in tensors:
+            raise CheckpointError(f"{header.path}: tensor {bare!r} is there with and without {prefix!r}", mend=_ANEW)
+        tensors[bare] = tensor
+    return prefix, tensors
+
+
+def _from_marker(
+    header: Header, marker: TensorInfo, tensors: dict[str, TensorInfo], read: Callable[[TensorInfo], bytes]
+) -> dict[str, dict[str, Any]]:
+    """Old scaled FP8: renames its scales in `tensors` to today's names. A marker of two elements means weight-only."""
+    record: dict[str, Any] = {"format": "float8_e4m3fn"}
+    if marker.elements == 2:
+        record["full_precision_matrix_mult"] = True
+    records: dict[str, dict[str, Any]] = {}
+    for name in list(tensors):
+        layer, _, suffix = name.rpartition(".")
+        if suffix not in _OLD_SUFFIXES:
+            continue
+        tensor = tensors.pop(name)
+        if suffix == "scale_weight":
+            records[layer] = record
+        elif _is_one(header, tensor, read):
+            continue
+        today = f"{layer}.{_OLD_SUFFIXES[suffix]}"
+        if today in tensors:
+            raise CheckpointError(f"{header.path}: both {name!r} and {today!r} are there", mend=_ANEW)
+        tensors[today] = tensor
+    return records
+
+
+def _is_one(header: Header, tensor: TensorInfo, read: Callable[[TensorInfo], bytes]) -> bool:
+    if tensor.dtype != "F32" or tensor.elements != 1:
+        raise CheckpointError(
+            f"{header.path}: tensor {tensor.name!r}: an input scale is one F32 number, "
+            f"not {tensor.dtype} {list(tensor.shape)}",
+            mend=_ANEW,
+        )
+    value: float = struct.unpack("<f", read(tensor))[0]
+    return value == 1.0
+
+
+def _from_blobs(
+    header: Header, tensors: dict[str, TensorInfo], read: Callable[[TensorInfo], bytes]
+) -> dict[str, dict[str, Any]]:
+    """Per-layer JSON in U8 tensors; takes them out of `tensors`."""
+    records = {}
+    for name in [name for name in tensors if name.endswith(".comfy_quant")]:
+        tensor, layer = tensors.pop(name), name.removesuffix(".comfy_quant")
+        if tensor.dtype != "U8" or len(tensor.shape) != 1 or tensor.nbytes > _BLOB_LIMIT_BYTES:
+            raise CheckpointError(
+                f"{header.path}: tensor {tensor.name!r}: expected JSON in a short U8 vector, "
+                f"found {tensor.dtype} {list(tensor.shape)}",
+                mend=_ANEW,
+            )
+        try:
+            value = json.loads(read(tensor))
+        except ValueError as error:
+            raise CheckpointError(f"{header.path}: tensor {tensor.name!r}: not JSON: {error}", mend=_ANEW) from error
+        records[layer] = _record(header, layer, value)
+    return records
+
+
+def _from_header(header: Header, prefix: str) -> dict[str, dict[str, Any]] | None:
+    text = header.metadata.get("_quantization_metadata")
+    if text is None:
+        return None
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{header.path}: _quantization_metadata in the header is not JSON: {error}", mend=_ANEW
+        ) from error
+    layers = document.get("layers") if isinstance(document, dict) else None
+    if not isinstance(layers, dict):
+        raise CheckpointError(f"{header.path}: _quantization_metadata in the header has no table 'layers'", mend=_ANEW)
+    return {name.removeprefix(prefix): _record(header, name, value) for name, value in layers.items()}
+
+
+def _record(header: Header, layer: str, value: object) -> dict[str, Any]:
+    """A layer's record is a table with a `format`, or in older files the bare name of the format."""
+    if isinstance(value, str):
+        return {"format": value}
+    if not isinstance(value, dict) or not isinstance(value.get("format"), str):
+        raise CheckpointError(f"{header.path}: layer {layer!r}: its quantisation record names no format", mend=_ANEW)
+    return value
+
+
+def _layer(header: Header, name: str, record: dict[str, Any], tensors: dict[str, TensorInfo]) -> QuantisedLayer:
+    format_ = record["format"]
+    if format_ not in KNOWN_FORMATS:
+        known = f"formats that can be read: {', '.join(KNOWN_FORMATS)}"
+        if format_ in _COMFYUI_ONLY:
+            raise UnsupportedError(f"{header.path}: layer {name!r}: format {format_!r} is not served", mend=known)
+        raise CheckpointError(f"{header.path}: layer {name!r}: unknown quantisation format {format_!r}", mend=known)
+    found = {
+        suffix: tensors.pop(f"{name}.{suffix}")
+        for suffix in ("weight", *SCALE_SUFFIXES)
+        if f"{name}.{suffix}" in tensors
+    }
+    check_layer(header.path, name, format_, found)
+    weight_only = record.get("full_precision_matrix_mult", False)
+    if not isinstance(weight_only, bool):
+        raise CheckpointError(
+            f"{header.path}: layer {name!r}: full_precision_matrix_mult is {weight_only!r}, not true or false",
+            mend=_ANEW,
+        )
+    return QuantisedLayer(name, cast(Format, format_), weight_only, found, dict(record))
+
+
+def _check_rest(header: Header, tensors: dict[str, TensorInfo]) -> None:
+    for name, tensor in tensors.items():
+        if name.endswith(".weight_scale_inv"):
+            raise UnsupportedError(
+                f"{header.path}: tensor {tensor.name!r}: FP8 block scales are not served",
+                mend="take a file with one scale per tensor, NVFP4 or MXFP8",
+            )
+    for name, tensor in tensors.items():
+        layer, _, suffix = name.rpartition(".")
+        if suffix in _ORPHANS:
+            raise CheckpointError(
+                f"{header.path}: tensor {tensor.name!r} is a scale, and no record says that {layer!r} is quantised",
+                mend=_ANEW,
+            )
+        if tensor.dtype in _PACKED_DTYPES:
+            raise CheckpointError(
+                f"{header.path}: tensor {tensor.name!r} is {tensor.dtype}, and nothing in the file says how it was "
+                "quantised: no _quantization_metadata, .comfy_quant or scaled_fp8 covers it",
+                mend='for a plain FP8 cast take the BF16 file and weight_dtype = "fp8_e4m3fn"',
+            )

@@ -1,0 +1,188 @@
+"""From a variant's files to a diffusers pipeline, with the time and the bytes it took."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ZImagePipeline
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pytest_zimage.catalog.model import ModelDims, Role, Variant
+from pytest_zimage.checkpoints import keymap
+from pytest_zimage.checkpoints.assembly import Assembly, Rename
+from pytest_zimage.checkpoints.building import build_text_encoder, build_transformer, build_vae, torch_dtype
+from pytest_zimage.checkpoints.formats import detect
+from pytest_zimage.checkpoints.header import read_header
+from pytest_zimage.checkpoints.linears import FP8, LinearModule, QuantisedActivationsLinear, WeightOnlyLinear
+from pytest_zimage.checkpoints.precision import Precision
+from pytest_zimage.checkpoints.quantised import held_tensors, multiplies_natively, storage_type
+from pytest_zimage.checkpoints.reader import TensorReader
+from pytest_zimage.errors import CheckpointError, MissingFileError, UnsupportedError
+
+
+@dataclass
+class LoadedPipeline:
+    """A pipeline that is ready to draw, and what loading it showed."""
+
+    pipeline: Any
+    phases_s: dict[str, float]
+    """`read`: in the file; `to_device`: waiting for the device; `build`: all the rest. They add up to the load."""
+    weight_bytes: dict[str, int]
+    tensors: dict[str, int]
+    compute: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Times:
+    began: float = field(default_factory=time.perf_counter)
+    read_s: float = 0.0
+    to_device_s: float = 0.0
+
+    def phases_s(self) -> dict[str, float]:
+        build_s = time.perf_counter() - self.began - self.read_s - self.to_device_s
+        return {"read": self.read_s, "build": build_s, "to_device": self.to_device_s}
+
+
+def load_pipeline(
+    variant: Variant,
+    dims: ModelDims,
+    files: Mapping[Role, Path],
+    tokenizer: Path,
+    scheduler: object,
+    device: torch.device,
+) -> LoadedPipeline:
+    """Load `variant` onto `device`.
+
+    Raises `MissingFileError` and `CheckpointError` naming file and tensor, `UnsupportedError` for a format or a
+    combination that the device or the installed packages cannot serve.
+    """
+    times = _Times()
+    transformer = build_transformer(dims, variant, device)
+    precision = transformer_precision(variant, device)
+    _fill(transformer, files["transformer"], keymap.transformer_to_diffusers, precision, device, times)
+
+    text_encoder = build_text_encoder(dims, device)
+    # ComfyUI computes a quantised text encoder weight-only, whatever the device can do.
+    precision = Precision(torch_dtype(variant.text_encoder_dtype), quantise_activations=False)
+    _fill(text_encoder, files["text_encoder"], keymap.text_encoder_to_transformers, precision, device, times)
+
+    vae = build_vae(dims)
+    levels = len(vae.config.block_out_channels)
+    vae_dtype = torch_dtype(variant.vae_dtype)
+    precision = Precision(vae_dtype, store=vae_dtype)
+    _fill(vae, files["vae"], lambda name: keymap.vae_to_diffusers(name, levels).name, precision, device, times)
+
+    kind: Any = ZImagePipeline
+    pipeline = kind(
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=load_tokenizer(tokenizer),
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    if device.type == "cuda":
+        began = time.perf_counter()
+        torch.cuda.synchronize(device)
+        times.to_device_s += time.perf_counter() - began
+    networks = (transformer, text_encoder, vae)
+    weight_bytes, tensors = count_weights(networks)
+    return LoadedPipeline(
+        pipeline, times.phases_s(), weight_bytes, tensors, count_compute(networks), _notes(variant, device)
+    )
+
+
+def transformer_precision(variant: Variant, device: torch.device) -> Precision:
+    """How the transformer of `variant` computes on `device`."""
+    compute = torch_dtype(variant.compute_dtype)
+    if variant.weight_dtype == "default":
+        return Precision(compute)
+    return Precision(compute, store=FP8, fast_fp8=_multiplies_fp8(variant, device))
+
+
+def _multiplies_fp8(variant: Variant, device: torch.device) -> bool:
+    return variant.weight_dtype == "fp8_e4m3fn_fast" and multiplies_natively("float8_e4m3fn", device)
+
+
+def _notes(variant: Variant, device: torch.device) -> tuple[str, ...]:
+    if variant.weight_dtype == "fp8_e4m3fn_fast" and not _multiplies_fp8(variant, device):
+        return (f"{device} does not multiply in FP8: {variant.weight_dtype} is computed as a plain cast",)
+    return ()
+
+
+def _fill(
+    network: nn.Module, path: Path, rename: Rename, precision: Precision, device: torch.device, times: _Times
+) -> None:
+    header = read_header(path)
+    with TensorReader(header, device) as reader:
+        contents = detect(header, reader.read_bytes)
+        if contents.quantised and precision.store is not None:
+            raise UnsupportedError(
+                f"{path}: the file is quantised already ({len(contents.quantised)} layers) and the variant asks for "
+                f"every weight in {precision.store}",
+                mend='set weight_dtype = "default", or name an unquantised file',
+            )
+        assembly = Assembly(network, path, contents, rename, precision, device)
+        for info, tensor in reader.read(assembly.wanted):
+            assembly.accept(info, tensor)
+        assembly.finish()
+        times.read_s += reader.read_s
+        times.to_device_s += reader.to_device_s
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, which must carry Qwen's chat template."""
+    if not folder.is_dir():
+        raise MissingFileError(f"{folder}: no such tokenizer folder", mend="name the folder that holds tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: not a tokenizer that transformers can read: {error}", mend="fetch the tokenizer folder again"
+        ) from error
+    if not tokenizer.chat_template:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has no chat template", mend="fetch the tokenizer folder of Z-Image-Turbo"
+        )
+    return tokenizer
+
+
+def count_weights(networks: tuple[nn.Module, ...]) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes held and number of weights, by storage type; a weight that two places share counts once.
+
+    The scales of a quantised weight belong to its bytes.
+    """
+    sizes: Counter[str] = Counter()
+    tensors: Counter[str] = Counter()
+    seen: set[int] = set()
+    for module in (module for network in networks for module in network.modules()):
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            kind = storage_type(parameter)
+            tensors[kind] += 1
+            sizes[kind] += sum(held.nbytes for held in held_tensors(parameter))
+        if isinstance(module, WeightOnlyLinear | QuantisedActivationsLinear):
+            scales = (module.pre_quant_scale, getattr(module, "input_scale", None))
+            sizes[storage_type(module.weight)] += sum(scale.nbytes for scale in scales if scale is not None)
+    return dict(sorted(sizes.items())), dict(sorted(tensors.items()))
+
+
+def count_compute(networks: tuple[nn.Module, ...]) -> dict[str, int]:
+    """Number of linears by how they compute."""
+    kinds = Counter(
+        module.compute if isinstance(module, LinearModule) else "plain"
+        for network in networks
+        for module in network.modules()
+        if isinstance(module, nn.Linear | LinearModule)
+    )
+    return {kind: kinds[kind] for kind in ("plain", "cast", "weight-only", "quantised-activations")}

@@ -1,0 +1,110 @@
+"""Writes a synthetic set, or the files of it that are wanted, into a folder: beside it first, then into place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from pytest_zimage.catalog.model import ModelDims
+from pytest_zimage.checkpoints.synthetic import tokenizer
+from pytest_zimage.checkpoints.synthetic.manifest import (
+    PARTIAL,
+    FileRecord,
+    Manifest,
+    read_manifest,
+    record_file,
+    write_manifest,
+    writer_hash,
+)
+from pytest_zimage.checkpoints.synthetic.plan import FilePlan, plan_files
+from pytest_zimage.checkpoints.synthetic.writer import Progress, check_space, write_file
+from pytest_zimage.errors import CatalogError, CheckpointError
+
+_HEARTBEAT_S = 5.0
+
+
+def build_model_set(
+    name: str,
+    dims: ModelDims,
+    root: Path,
+    file_names: Iterable[str] | None = None,
+    *,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    """Write `file_names` (None: all) and the tokenizer into `root`, and record them in its manifest.
+
+    Files of another writer or of other dimensions are removed; those of this one that are not named stay. Raises
+    `CatalogError` for a file name that the set does not have and `CheckpointError` when the disk has no room.
+    """
+    plans = _wanted(plan_files(dims), file_names if file_names is None else list(file_names))
+    partial = root / f"{PARTIAL}{os.getpid()}"
+    partial.mkdir(parents=True)
+    try:
+        needed = check_space(partial, plans)
+        say(f"{name}: writing {len(plans)} files, {needed / 1e9:.2f} GB, to {root}")
+        records: dict[str, FileRecord] = {}
+        for plan in plans:
+            path = write_file(plan, partial, device, _progress(name, say))
+            records[plan.path] = record_file(path)
+            say(f"{name}: {plan.path} {records[plan.path].bytes / 1e6:.1f} MB done")
+        vocabulary = dims.text_encoder["vocab_size"]
+        assert isinstance(vocabulary, int)
+        tokenizer.write_tokenizer(partial, vocabulary)
+        records |= {path: record_file(partial / path) for path in tokenizer.FILES}
+        _publish(Manifest(name, dims, writer_hash(dims), records), partial, root)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or partial}: cannot be written: {error.strerror}",
+            mend="free some space, or put the cache on another disk",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _wanted(plans: list[FilePlan], file_names: list[str] | None) -> list[FilePlan]:
+    if file_names is None:
+        return plans
+    known = [Path(plan.path).name for plan in plans]
+    for file_name in file_names:
+        if file_name not in known:
+            raise CatalogError(
+                f"the synthetic model sets have no file {file_name!r}", mend=f"files they have: {', '.join(known)}"
+            )
+    return [plan for plan in plans if Path(plan.path).name in file_names]
+
+
+def _progress(name: str, say: Callable[[str], None]) -> Progress:
+    last = time.monotonic()
+
+    def report(path: str, written: int, size: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _HEARTBEAT_S:
+            last = time.monotonic()
+            say(f"{name}: {path} {written / 1e9:.2f} of {size / 1e9:.2f} GB")
+
+    return report
+
+
+def _publish(manifest: Manifest, partial: Path, root: Path) -> None:
+    try:
+        old = read_manifest(root)
+    except CheckpointError:
+        old = None
+    kept: dict[str, FileRecord] = {}
+    if old is not None and (old.name, old.dims, old.writer) == (manifest.name, manifest.dims, manifest.writer):
+        kept = {path: record for path, record in old.files.items() if path not in manifest.files}
+    for path in manifest.files:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (partial / path).replace(root / path)
+    if old is not None:
+        for path in old.files:
+            if path not in manifest.files and path not in kept:
+                (root / path).unlink(missing_ok=True)
+    # The manifest comes last: whoever dies before it leaves files that the old one calls damaged.
+    write_manifest(root, Manifest(manifest.name, manifest.dims, manifest.writer, kept | manifest.files), manifest.files)

@@ -1,0 +1,96 @@
+"""The end of a session: errors noted, xdist's parts merged, the results file written, the summary printed."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from pytest_zimage.errors import ZImageError
+from pytest_zimage.reports import results as results_file
+from pytest_zimage.reports.results import ErrorRow, Results
+from pytest_zimage.reports.table import update_table, verdict_table
+from pytest_zimage.session import ZImageSession, prune_sessions, start
+from pytest_zimage.xdist import is_worker
+
+
+def note_error(item: pytest.Item, error: BaseException, report: pytest.TestReport) -> None:
+    """Keep an error that a test ended with; one of ours is shown by its message, without a traceback."""
+    if isinstance(error, ZImageError):
+        report.longrepr = str(error)
+    elif not isinstance(error, Exception) or report.skipped:
+        return  # verdicts are pytest's own outcomes, already told; Ctrl-C is no test's error
+    variant = item.callspec.params.get("zimage_variant", "") if hasattr(item, "callspec") else ""
+    row = ErrorRow(
+        test=item.nodeid,
+        variant=str(variant),
+        kind=type(error).__name__,
+        message=getattr(error, "message", str(error)),
+        mend=getattr(error, "mend", ""),
+    )
+    start(item.config).errors.append(row)
+
+
+def finish(session: pytest.Session, ours: ZImageSession) -> None:
+    """Hand the findings to xdist's controller, or write the results file."""
+    ours.progress.clear()
+    part = _part(ours)
+    if is_worker(session.config):
+        session.config.workeroutput["zimage"] = results_file.to_json(part).decode()  # type: ignore[attr-defined]
+        return
+    if not (part.verdicts or part.errors or part.runs):
+        return
+    stamp = ours.started_at.strftime("%Y%m%d-%H%M%S")
+    ours.results_path = ours.settings.results or ours.settings.work / "results" / f"{ours.folder.name or stamp}.json"
+    try:
+        results_file.write(ours.results_path, part)
+    except ZImageError as error:
+        ours.closing_error = error
+        if session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    prune_sessions(ours.folder)
+
+
+def merge(ours: ZImageSession, found: str) -> None:
+    """Take over what one of xdist's workers found."""
+    part = results_file.from_json(found.encode())
+    ours.verdicts.extend(part.verdicts)
+    ours.errors.extend(part.errors)
+    ours.updates.extend(part.updates)
+
+
+def summarise(reporter: pytest.TerminalReporter, ours: ZImageSession) -> None:
+    """The table of all verdicts, and where the results are."""
+    width = reporter._tw.fullwidth
+    if ours.updates:
+        reporter.section("zimage baselines")
+        reporter.write_line(update_table(ours.updates, width=width))
+    if ours.verdicts:
+        reporter.section("zimage verdicts")
+        reporter.write_line(verdict_table(ours.verdicts, width=width, options=ours.repeated_options))
+    if ours.closing_error is not None:
+        reporter.write_line(f"ERROR: {ours.closing_error}", red=True)
+    elif ours.results_path is not None:
+        reporter.write_line(f"results: {ours.results_path}")
+
+
+def _part(ours: ZImageSession) -> Results:
+    runs = () if is_worker(ours.config) else tuple(ours.book.all()) if ours.measured else ()
+    environment: dict[str, str] = dict(runs[0].environment) if runs else {}
+    return Results(
+        started_at=ours.started_at.isoformat(timespec="seconds"),
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        environment={**ours.environment, **environment},
+        settings={name: _plain(value) for name, value in vars(ours.settings).items()},
+        verdicts=tuple(ours.verdicts),
+        errors=tuple(ours.errors),
+        runs=runs,
+        updates=tuple(ours.updates),
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [str(item) if not isinstance(item, tuple) else "=".join(map(str, item)) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

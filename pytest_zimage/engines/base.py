@@ -1,0 +1,64 @@
+"""What every engine is: something that turns a plan into the record of one run.
+
+An engine owns its process from start to end: when `run` returns or raises, nothing of it is left. New engines are offered
+by the hook `pytest_zimage_engines`; nothing after this module knows which engine it talks to.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from pytest_zimage.catalog import ModelDims, Role, Variant, Workload
+    from pytest_zimage.engines.protocol import Injection
+    from pytest_zimage.engines.record import RunRecord
+
+
+class ReportProgress(Protocol):
+    """Called while a run is under way, at least once a second."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One fresh run of one variant."""
+
+    variant: Variant
+    workload: Workload
+    model_set: str
+    dims: ModelDims
+    files: dict[Role, Path]
+    tokenizer: Path
+    device: str
+    """A torch device: `cpu` or `cuda:0`."""
+    index: int
+    """0 for the session's first run of the variant."""
+    rounds: int
+    inject: Injection
+    environment: dict[str, str]
+    """What the test process knows of machine, packages and files; the engine adds what it sees itself."""
+    log: Path
+    """Where the engine's process writes what it has to say."""
+    timeout_s: float
+    """Longest silence before the engine's process counts as hung."""
+
+
+class Engine(ABC):
+    """Draws one variant in a process of its own."""
+
+    name: str
+
+    @abstractmethod
+    def run(self, plan: RunPlan, progress: ReportProgress) -> RunRecord:
+        """Load, draw the first image, draw the rounds, report, close.
+
+        Raises a `ZImageError`; whatever happens, no process and no device memory is left behind.
+        """
+
+
+EngineFactory = Callable[[], Engine]

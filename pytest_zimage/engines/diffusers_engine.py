@@ -1,0 +1,225 @@
+"""Draws with a diffusers pipeline inside the worker process, as ComfyUI would, and times it.
+
+One image is: prompt to embeddings, noise, the sampler's steps, VAE decoding, and pixels in host memory. The
+pipeline runs under `torch.inference_mode()`, since comfy-kitchen chooses its kernels by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from pytest_zimage.catalog.model import Workload
+from pytest_zimage.checkpoints.loader import load_pipeline
+from pytest_zimage.engines.clock import DeviceClock, hold
+from pytest_zimage.engines.protocol import Draw, Drawn, Load, Loaded, Round
+from pytest_zimage.engines.sampler import build_scheduler, unshifted_sigmas
+from pytest_zimage.errors import EngineError, MeasurementError, UnsupportedError
+
+Report = Callable[[str, int, int], None]
+"""What is being done, how many are done, of how many."""
+
+
+class DiffusersEngine:
+    """One variant in this process: `load` once, then `draw` as often as wanted."""
+
+    def __init__(self) -> None:
+        self._loaded: _Variant | None = None
+        self._ballast: list[torch.Tensor] = []
+
+    def load(self, request: Load) -> Loaded:
+        """Read the variant's files and make it ready to draw.
+
+        Raises `UnsupportedError` for a device that is not there, and whatever `load_pipeline` raises.
+        """
+        device = _device(request.device)
+        self._ballast = _ballast(request.inject.memory_bytes, device)
+        files = {role: Path(path) for role, path in request.files.items()}
+        loaded = load_pipeline(
+            request.variant, request.dims, files, Path(request.tokenizer), build_scheduler(request.workload), device
+        )
+        phases_s = loaded.phases_s
+        if request.inject.cold_load:
+            hold(sum(phases_s.values()) * request.inject.cold_load)
+            phases_s = {phase: seconds * (1 + request.inject.cold_load) for phase, seconds in phases_s.items()}
+        self._loaded = _Variant(request, loaded.pipeline, device)
+        return Loaded(
+            phases_s=phases_s,
+            load_s=sum(phases_s.values()),
+            weight_bytes=loaded.weight_bytes,
+            tensors=loaded.tensors,
+            compute=loaded.compute,
+            notes=loaded.notes,
+        )
+
+    def draw(self, request: Draw, progress: Report) -> Drawn:
+        """Draw `request.rounds` images; `progress` is called between them only.
+
+        Raises `MeasurementError` for an image that is not what was asked for: NaN or infinite values, another number of
+        transformer forwards than the workload's, or a quantised layer that comfy-kitchen computed in another way.
+        """
+        if self._loaded is None:
+            raise EngineError("nothing is loaded, so nothing can be drawn", mend="send Load before Draw")
+        if request.rounds < 1:
+            raise MeasurementError(f"{request.rounds} rounds are no measurement", mend="ask for at least one")
+        clock = self._loaded.first_clock if request.first else self._loaded.clock
+        rounds = []
+        for done in range(request.rounds):
+            progress("image", done, request.rounds)
+            image, pixels = self._loaded.draw(clock)
+            rounds.append(image)
+        if request.save:
+            Image.fromarray(pixels.numpy()).save(request.save, format="PNG")
+        progress("image", request.rounds, request.rounds)
+        return Drawn(tuple(rounds))
+
+
+class _Variant:
+    """A loaded pipeline and the workload it draws."""
+
+    def __init__(self, request: Load, pipeline: Any, device: torch.device) -> None:
+        self.clock = DeviceClock(device, request.inject.warm_latency)
+        self.first_clock = DeviceClock(device, request.inject.cold_load)
+        self._name = request.variant.name
+        self._workload = request.workload
+        self._sigmas = unshifted_sigmas(request.workload)
+        self._pipeline = pipeline
+        self._device = device
+        self._fallbacks = _Fallbacks()
+        self._forwards = 0
+        pipeline.transformer.register_forward_pre_hook(self._count)
+
+    def draw(self, clock: DeviceClock) -> tuple[Round, torch.Tensor]:
+        """One timed image, and its pixels `[H, W, 3]` uint8 on the host."""
+        workload = self._workload
+        self._forwards = 0
+
+        def step_end(_pipeline: object, step: int, _timestep: object, _tensors: object) -> dict[str, torch.Tensor]:
+            clock.mark(f"step_{step + 1}")
+            return {}
+
+        with torch.inference_mode():
+            clock.start()
+            prompt = self._encode(workload.prompt)
+            negative = [self._encode("")] if workload.guidance > 0 else None
+            clock.mark("text_encode")
+            latents = self._pipeline(
+                prompt_embeds=[prompt],
+                negative_prompt_embeds=negative,
+                latents=self._noise(workload),
+                height=workload.height,
+                width=workload.width,
+                num_inference_steps=workload.steps,
+                sigmas=self._sigmas,
+                guidance_scale=workload.guidance,
+                callback_on_step_end=step_end,
+                callback_on_step_end_tensor_inputs=[],
+                output_type="latent",
+                return_dict=False,
+            )[0]
+            decoded = self._decode(latents)
+            clock.mark("vae_decode")
+            pixels = _to_pixels(decoded)
+            clock.mark("to_image")
+            seconds, phases_s = clock.stop()
+            self._check(decoded)
+        digest = hashlib.sha256(pixels.numpy().data).hexdigest()
+        return Round(seconds, phases_s, self._forwards, digest), pixels
+
+    def _encode(self, prompt: str) -> torch.Tensor:
+        """`[tokens, hidden]` in the transformer's type: the last layer but one, unpadded, without the final norm."""
+        tokenizer, encoder = self._pipeline.tokenizer, self._pipeline.text_encoder
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        ids = tokenizer(text, return_tensors="pt").input_ids.to(self._device)
+        states = encoder(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+        embeddings: torch.Tensor = states[-2][0].to(self._pipeline.transformer.dtype)
+        return embeddings
+
+    def _noise(self, workload: Workload) -> torch.Tensor:
+        """`[1, 16, H/8, W/8]` float32, drawn on the host so that every device starts from the same."""
+        scale = self._pipeline.vae_scale_factor
+        shape = (1, self._pipeline.transformer.in_channels, workload.height // scale, workload.width // scale)
+        generator = torch.Generator("cpu").manual_seed(workload.seed)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(self._device)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents to an image `[1, 3, H, W]` in [-1, 1], as the pipeline itself would."""
+        vae = self._pipeline.vae
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        decoded: torch.Tensor = vae.decode(latents, return_dict=False)[0]
+        return decoded
+
+    def _count(self, *_: object) -> None:
+        self._forwards += 1
+
+    def _check(self, decoded: torch.Tensor) -> None:
+        if self._forwards != self._workload.steps:
+            raise MeasurementError(
+                f"{self._name}: {self._forwards} transformer forwards for {self._workload.steps} steps",
+                mend="check the installed diffusers: the schedule it runs is not the workload's",
+            )
+        if not bool(torch.isfinite(decoded).all()):
+            raise MeasurementError(
+                f"{self._name}: the image holds NaN or infinite values",
+                mend="check the weights: `--zimage-list` shows where each file was found",
+            )
+        self._fallbacks.refuse(self._name)
+
+
+def _to_pixels(decoded: torch.Tensor) -> torch.Tensor:
+    """`[1, 3, H, W]` in [-1, 1] to `[H, W, 3]` uint8 on the host, rounded as diffusers' image processor does."""
+    image = (decoded[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float()
+    return (image * 255).round().to(torch.uint8).contiguous().cpu()
+
+
+class _Fallbacks(logging.Handler):
+    """Hears comfy-kitchen say that a native kernel failed and was replaced, which it does in its log only."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._first = ""
+        logger = logging.getLogger("comfy_kitchen")
+        if not logger.isEnabledFor(logging.WARNING):
+            logger.setLevel(logging.WARNING)
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "falling back" in message and not self._first:
+            self._first = message
+
+    def refuse(self, variant: str) -> None:
+        if self._first:
+            raise MeasurementError(
+                f"{variant}: a quantised kernel failed and comfy-kitchen dequantised the layer instead: {self._first}",
+                mend="the numbers would be another variant's; try another comfy-kitchen or torch release",
+            )
+
+
+def _device(name: str) -> torch.device:
+    """The device, its context made, so that a cold load does not pay for what a running server has."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise UnsupportedError(f"torch sees no device {name!r}", mend="check the driver and how torch was built")
+        torch.cuda.set_device(device)
+        torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        raise UnsupportedError(f"the diffusers engine does not run on {name!r}", mend="use cpu or a CUDA device")
+    return device
+
+
+def _ballast(size: int, device: torch.device) -> list[torch.Tensor]:
+    """`size` bytes of host memory, and of device memory where it is another, written so that they are really held."""
+    if not size:
+        return []
+    places = {torch.device("cpu"), device}
+    return [torch.ones(size, dtype=torch.uint8, device=place) for place in places]

@@ -1,0 +1,80 @@
+"""The `diffusers` engine as the test process sees it: one run is one worker process, from empty page cache to closed."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from pytest_zimage.engines.base import Engine, ReportProgress, RunPlan
+from pytest_zimage.engines.client import WorkerClient, worker_command
+from pytest_zimage.engines.protocol import Draw, Drawn, Hello, Load, Loaded, Reply, Report, Reported, Request
+from pytest_zimage.engines.record import ColdLoad, RunRecord
+from pytest_zimage.errors import EngineError
+from pytest_zimage.probes import pagecache
+
+Expected = TypeVar("Expected", Hello, Loaded, Drawn, Reported)
+
+
+class LocalEngine(Engine):
+    """Draws with diffusers and comfy-kitchen in a child process of this one."""
+
+    name = "diffusers"
+
+    def run(self, plan: RunPlan, progress: ReportProgress) -> RunRecord:
+        started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        begin = time.monotonic()
+        files = sorted(set(plan.files.values()))
+        what = f"worker of {plan.variant.name}, run {plan.index + 1}"
+        command = worker_command(plan.device)
+        with WorkerClient(what, plan.log, command, timeout_s=plan.timeout_s, progress=progress) as worker:
+            # Emptied after the packages are imported: importing takes seconds in which something may read the files.
+            hello = _expect(Hello, worker.receive("import"))
+            cache = pagecache.empty(files)
+            loaded = _expect(Loaded, worker.ask(_load_request(plan), "load"))
+            first = _expect(Drawn, worker.ask(Draw(rounds=1, first=True), "first image")).rounds[0]
+            drawn = _expect(Drawn, worker.ask(Draw(rounds=plan.rounds), "rounds"))
+            memory = _expect(Reported, worker.ask(Report(), "report"))
+            worker.close()
+        return RunRecord(
+            variant=plan.variant.name,
+            index=plan.index,
+            engine=self.name,
+            model_set=plan.model_set,
+            workload=plan.workload.name,
+            device=plan.device,
+            rounds=drawn.rounds,
+            cold=ColdLoad(
+                total_s=loaded.load_s + first.seconds,
+                phases_s={"import": hello.import_s, **loaded.phases_s, "first_image": first.seconds},
+                residency=cache.residency,
+                emptied=cache.emptied,
+                notes=cache.notes,
+            ),
+            memory=memory,
+            rss_idle_bytes=hello.rss_idle_bytes,
+            loaded=loaded,
+            disk_bytes=sum(path.stat().st_size for path in files),
+            environment={**plan.environment, **hello.environment},
+            inject=plan.inject,
+            started_at=started_at,
+            wall_s=time.monotonic() - begin,
+        )
+
+
+def _load_request(plan: RunPlan) -> Request:
+    return Load(
+        variant=plan.variant,
+        workload=plan.workload,
+        dims=plan.dims,
+        files={role: str(path) for role, path in plan.files.items()},
+        tokenizer=str(plan.tokenizer),
+        device=plan.device,
+        inject=plan.inject,
+    )
+
+
+def _expect(kind: type[Expected], reply: Reply) -> Expected:
+    if not isinstance(reply, kind):
+        raise EngineError(f"a worker answered {type(reply).__name__} where {kind.__name__} was due")
+    return reply

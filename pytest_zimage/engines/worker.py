@@ -1,0 +1,126 @@
+"""A worker process: loads one variant, draws on request, reports what it observed.
+
+Started as `python -m pytest_zimage.engines.worker DEVICE`; reads requests from standard input and writes replies to what was
+standard output, which is taken away from everything else so that a library's print cannot break the protocol.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import nullcontext
+from collections.abc import Callable
+from typing import TYPE_CHECKING, BinaryIO
+
+from msgspec import structs
+
+from pytest_zimage.engines.protocol import (
+    Close,
+    Closed,
+    Draw,
+    Failure,
+    Hello,
+    Load,
+    Progress,
+    Reply,
+    Report,
+    Reported,
+    Request,
+    decode_request,
+    encode,
+)
+from pytest_zimage.errors import ZImageError
+
+if TYPE_CHECKING:
+    from pytest_zimage.engines.diffusers_engine import DiffusersEngine
+    from pytest_zimage.probes.memory import MemorySampler
+
+_PR_SET_PDEATHSIG = 1
+
+Say = Callable[[Reply], None]
+
+
+def main(arguments: list[str]) -> int:
+    """`arguments`: the torch device, `cpu` or `cuda:N`."""
+    started = time.perf_counter()
+    (device,) = arguments
+    _die_with_parent()
+    replies = _take_stdout()
+
+    def say(reply: Reply) -> None:
+        replies.write(encode(reply))
+
+    say(Progress("import"))
+    import comfy_kitchen
+    import torch
+
+    from pytest_zimage.engines.diffusers_engine import DiffusersEngine
+    from pytest_zimage.probes.environment import worker_environment
+    from pytest_zimage.probes.memory import rss_now, worker_sampler
+
+    engine = DiffusersEngine()
+    environment = worker_environment(torch, comfy_kitchen, device)
+    import_s = time.perf_counter() - started
+    say(Hello(pid=os.getpid(), import_s=import_s, rss_idle_bytes=rss_now(), environment=environment))
+    with worker_sampler(torch, device) as sampler:
+        for line in sys.stdin.buffer:
+            request = decode_request(line)
+            if isinstance(request, Close):
+                say(Closed())
+                return 0
+            say(_answer(engine, sampler, device, request, say))
+    return 1
+
+
+def _answer(engine: DiffusersEngine, sampler: MemorySampler, device: str, request: Request, say: Say) -> Reply:
+    try:
+        match request:
+            case Load():
+                say(Progress("load"))
+                return engine.load(request)
+            case Draw():
+                # The kernel keeps its high-water mark by itself; nothing of ours may run beside a timed image.
+                with nullcontext() if request.first else sampler.paused():
+                    return engine.draw(request, lambda stage, done, total: say(Progress(stage, done, total)))
+            case Report():
+                return _report(sampler, device)
+            case Close():
+                raise AssertionError("close is not answered here")
+    except ZImageError as error:
+        return Failure(type(error).__name__, error.message, error.mend)
+    except Exception as error:
+        return Failure(type(error).__name__, str(error), traceback=traceback.format_exc())
+
+
+def _report(sampler: MemorySampler, device: str) -> Reported:
+    import torch
+
+    from pytest_zimage.probes.memory import peaks
+
+    return Reported(**structs.asdict(peaks(sampler, torch, device)))
+
+
+def _take_stdout() -> BinaryIO:
+    """The real standard output for replies; whatever else prints goes to standard error."""
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return replies
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end this process when the one that started it is gone, even while a kernel call hangs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        import ctypes
+
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,138 @@
+"""What the `zimage` fixture gives a test: measurements of one variant, and the gate that judges them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from pytest_zimage.baselines.store import Found
+from pytest_zimage.catalog import Variant, Workload
+from pytest_zimage.engines.record import RunRecord
+from pytest_zimage.errors import BaselineError
+from pytest_zimage.judging import judge_metric
+from pytest_zimage.recording import record_metrics
+from pytest_zimage.reports.benchmark_bridge import replay
+from pytest_zimage.reports.delta import delta_text, headline
+from pytest_zimage.session import ZImageSession
+from pytest_zimage.verdict.metrics import Sample, take
+from pytest_zimage.verdict.model import Verdict
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One metric of one variant, measured at least once in this session."""
+
+    metric: str
+    sample: Sample
+    """What the first run says, in the metric's unit."""
+
+
+class ZImage:
+    """One variant under test."""
+
+    def __init__(self, request: pytest.FixtureRequest, session: ZImageSession, variant: Variant) -> None:
+        self._request = request
+        self._session = session
+        self.variant = variant
+
+    @property
+    def workload(self) -> Workload:
+        return self._session.workload
+
+    @property
+    def record(self) -> RunRecord:
+        """Everything the session's first run of this variant observed; it is made on first need."""
+        return self._session.run(self.variant, 0)
+
+    def warm_latency(self) -> Measurement:
+        """Seconds per image once warm; the rounds also reach pytest-benchmark's report."""
+        measurement = self.measure("warm_latency")
+        replay(
+            self._request,
+            measurement.sample.rounds,
+            group=f"{self._session.workload.name} {self._session.machine.device_class.name}",
+            extra_info={"variant": self.variant.name, "phases_s": measurement.sample.phases},
+        )
+        return measurement
+
+    def cold_load(self) -> Measurement:
+        """Seconds of a fresh process from an empty page cache to the first image."""
+        return self.measure("cold_load")
+
+    def rss_peak(self) -> Measurement:
+        """Highest resident memory of the process, bytes."""
+        return self.measure("rss_peak")
+
+    def working_set(self) -> Measurement:
+        """Highest resident memory less what the process held before it loaded anything, bytes."""
+        return self.measure("working_set")
+
+    def device_peak(self) -> Measurement:
+        """Highest device memory held by tensors, bytes. Skips the test on a device without memory of its own."""
+        return self.measure("device_peak")
+
+    def disk_bytes(self) -> Measurement:
+        return self.measure("disk_bytes")
+
+    def weight_bytes(self) -> Measurement:
+        """Bytes held by weights, by storage type."""
+        return self.measure("weight_bytes")
+
+    def tensors(self) -> Measurement:
+        """Number of weight tensors, by storage type."""
+        return self.measure("tensors")
+
+    def linears(self) -> Measurement:
+        """Number of linears, by how they compute."""
+        return self.measure("linears")
+
+    def forwards(self) -> Measurement:
+        """Transformer forwards of one image."""
+        return self.measure("forwards")
+
+    def measure(self, metric: str) -> Measurement:
+        """Raises a `ZImageError` if the run fails."""
+        sample = take(metric, self.record)
+        if sample.unavailable and not self._stored(metric):
+            pytest.skip(f"zimage {metric}: {sample.unavailable}")
+        return Measurement(metric, sample)
+
+    def _stored(self, metric: str) -> bool:
+        """Whether a baseline has the metric: then a machine that cannot say it any more is an error, not a skip."""
+        try:
+            return isinstance(self._session.store.find(self._session.key(self.variant), metric), Found)
+        except BaselineError:
+            return False
+
+    def gate(self, *measurements: Measurement) -> None:
+        """Judge each measurement against its baseline; the test fails with the delta report of those that regressed.
+
+        With `--update-baselines`, record them instead.
+        """
+        if not measurements:
+            raise TypeError("gate() needs at least one measurement, for example zimage.warm_latency()")
+        names = tuple(measurement.metric for measurement in measurements)
+        test = self._request.node.nodeid
+        if self._session.settings.update_baselines:
+            verdicts = record_metrics(self._session, test, self.variant, names)
+        else:
+            verdicts = [judge_metric(self._session, test, self.variant, name) for name in names]
+        self._session.verdicts.extend(verdicts)
+        self._conclude(verdicts)
+
+    def _conclude(self, verdicts: list[Verdict]) -> None:
+        strict = self._session.settings.strict
+        failed = [v for v in verdicts if v.outcome in ("regression", "changed", "error")]
+        unjudged = [v for v in verdicts if v.outcome in ("no-baseline", "inconclusive", "unfit")]
+        if failed or (strict and unjudged):
+            pytest.fail("\n\n".join(self._text(verdict) for verdict in verdicts), pytrace=False)
+        if unjudged:
+            first = unjudged[0]
+            pytest.skip(f"zimage {first.verdict}: {headline(first, self._title(first))}")
+
+    def _text(self, verdict: Verdict) -> str:
+        return delta_text(verdict, self._title(verdict), self._session.repeated_options)
+
+    def _title(self, verdict: Verdict) -> str:
+        return self._session.catalog.metrics[verdict.metric].title

@@ -1,0 +1,148 @@
+"""From runs to a verdict: takes a metric out of a variant's runs, holds it against its baseline, asks for confirmation.
+
+The rule itself is `verdict`, the choice of what may be compared `baselines.compare`; this module measures as often as
+they ask and gathers what explains the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+from pytest_zimage.baselines.compare import base_phases, compare, compare_to_control
+from pytest_zimage.baselines.store import Absent, Found
+from pytest_zimage.catalog import Metric, Variant
+from pytest_zimage.errors import BaselineError
+from pytest_zimage.probes import environment
+from pytest_zimage.reports import units
+from pytest_zimage.session import ZImageSession
+from pytest_zimage.verdict.metrics import Sample, take
+from pytest_zimage.verdict.model import Judgement, Verdict
+from pytest_zimage.verdict.rule import run_score
+from pytest_zimage.verdict.words import word
+
+_CONTROL = "bf16"
+
+
+def judge_metric(session: ZImageSession, test: str, variant: Variant, name: str) -> Verdict:
+    """The verdict on one metric of one variant, measuring as many fresh runs as the rule needs.
+
+    Raises a `ZImageError` where there can be no verdict: a run that failed, a baseline that cannot be trusted.
+    """
+    metric = session.catalog.metrics[name]
+    count = session.settings.fresh_runs
+    while True:
+        samples = [take(name, session.run(variant, index)) for index in range(count)]
+        found = session.store.find(session.key(variant), name)
+        judgement = _judge(session, variant, metric, samples, found)
+        if not judgement.wants_more:
+            return _explained(session, test, variant, metric, samples, found, judgement)
+        count += 1
+
+
+def _judge(
+    session: ZImageSession, variant: Variant, metric: Metric, samples: list[Sample], found: Found | Absent
+) -> Judgement:
+    if isinstance(found, Absent):
+        return Judgement(outcome="no-baseline", k_new=len(samples), notes=(found.reason,))
+    return compare(
+        metric,
+        samples,
+        found.metric,
+        device=session.machine.device_class,
+        neighbours=session.store.neighbours(session.key(variant), metric.name),
+    )
+
+
+def _explained(
+    session: ZImageSession,
+    test: str,
+    variant: Variant,
+    metric: Metric,
+    samples: list[Sample],
+    found: Found | Absent,
+    judgement: Judgement,
+) -> Verdict:
+    exact = metric.kind == "exact"
+    before = {} if isinstance(found, Absent) else base_phases(found.metric)
+    return Verdict(
+        test=test,
+        variant=variant.name,
+        metric=metric.name,
+        unit=metric.unit,
+        verdict=word(judgement.outcome, metric),
+        outcome=judgement.outcome,
+        value=samples[0].exact if exact else judgement.value or centre(samples),
+        baseline=found.metric.exact if exact and isinstance(found, Found) else judgement.baseline,
+        change=judgement.change,
+        interval=judgement.interval,
+        band=judgement.band,
+        noise=judgement.noise,
+        mde=judgement.mde,
+        k_base=judgement.k_base,
+        k_new=judgement.k_new,
+        samples=tuple(sample.rounds for sample in samples if sample.rounds),
+        notes=(*judgement.notes, *_control_note(session, variant, metric, samples, found, judgement)),
+        phases={name: (before.get(name), seconds) for name, seconds in mean_phases(samples).items()},
+        environment_changed=_environment_changed(session, variant, found),
+        injected=bool(session.injection),
+        reference=_reference(session, variant, metric) if isinstance(found, Absent) else "",
+    )
+
+
+def centre(samples: list[Sample]) -> float:
+    """Where the runs lie, in the metric's unit: the mean of their scores, as the rule scores them."""
+    return math.exp(fmean(run_score(sample.rounds) for sample in samples))
+
+
+def mean_phases(samples: list[Sample]) -> dict[str, float]:
+    names = dict.fromkeys(name for sample in samples for name in sample.phases)
+    return {name: fmean(s.phases[name] for s in samples if name in s.phases) for name in names}
+
+
+def _environment_changed(session: ZImageSession, variant: Variant, found: Found | Absent) -> dict[str, tuple[str, str]]:
+    if isinstance(found, Absent) or found.layer == "portable":
+        return {}
+    return environment.diff(found.baseline.environment, session.run(variant, 0).environment)
+
+
+def _control_note(
+    session: ZImageSession,
+    variant: Variant,
+    metric: Metric,
+    samples: list[Sample],
+    found: Found | Absent,
+    judgement: Judgement,
+) -> tuple[str, ...]:
+    """Whether bf16 moved too in this session: what slowed the whole machine is no fault of the variant."""
+    control = session.catalog.variants.get(_CONTROL)
+    unexplained = judgement.outcome in ("regression", "improvement", "inconclusive")
+    if control is None or variant.name == _CONTROL or not unexplained or isinstance(found, Absent):
+        return ()
+    records = session.book.recorded(_CONTROL)
+    try:
+        base = session.store.find(session.key(control), metric.name)
+    except BaselineError:
+        return ()
+    if not records or isinstance(base, Absent):
+        return ()
+    theirs = [take(metric.name, record) for record in records]
+    device = session.machine.device_class
+    ratio = compare_to_control(metric, samples, found.metric, theirs, base.metric, device=device)
+    if ratio is None or ratio.change is None or ratio.interval is None:
+        return ()
+    says = {
+        "pass": f"{_CONTROL} moved as much, so the machine or what all variants share did it",
+        "regression": f"{_CONTROL} did not move as much, so the change is this variant's own",
+        "improvement": f"{_CONTROL} did not move as much, so the change is this variant's own",
+    }.get(ratio.outcome, f"too uncertain to say whether {_CONTROL} moved as much")
+    change = f"{units.percent(ratio.change)} (95 % interval {units.interval(ratio.interval)})"
+    return (f"ratio to {_CONTROL} of this session: {change}; {says}",)
+
+
+def _reference(session: ZImageSession, variant: Variant, metric: Metric) -> str:
+    found = session.store.published_reference(session.key(variant), metric.name)
+    if found is None:
+        return ""
+    printed = units.value(found.published.mean, found.unit)
+    return f"published: {printed} through {found.engine} with {found.model_set} weights ({found.source})"

@@ -1,0 +1,72 @@
+"""`--zimage-list`: the variants, the files each needs, where they are or were looked for, its lanes and rough time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from pytest_zimage.baselines.store import Absent
+from pytest_zimage.baselines.update import centre
+from pytest_zimage.catalog import Role, Variant
+from pytest_zimage.errors import BaselineError, ZImageError
+from pytest_zimage.reports import units
+from pytest_zimage.session import ZImageSession, start
+
+
+def list_variants(config: pytest.Config) -> int:
+    """Print the list; returns pytest's exit status."""
+    session = start(config)
+    try:
+        lines = list(_lines(session))
+    except ZImageError as error:
+        raise pytest.UsageError(str(error)) from error
+    print("\n".join(lines))
+    return int(pytest.ExitCode.OK)
+
+
+def _lines(session: ZImageSession) -> Iterator[str]:
+    machine, model_set = session.machine, session.model_set
+    yield f"device    {machine.device_class.name}: {machine.name}" + "".join(f"\n          {n}" for n in machine.notes)
+    yield f"models    {model_set.name} in {model_set.root}"
+    yield f"workload  {session.workload.name}: {session.workload.title}"
+    chosen = session.catalog.select(session.settings.config)
+    for variant in chosen:
+        tags = "".join(f" @{tag}" for tag in variant.tags)
+        yield f"\n{variant.name}  {variant.title} {tags}"
+        yield f"    lanes         {', '.join(variant.lanes) or 'any'}"
+        yield f"    rough time    {_rough_time(session, variant)}"
+        for role, file_name in variant.files().items():
+            yield f"    {role:13} {_found(session, role, file_name)}"
+
+
+def _found(session: ZImageSession, role: Role, file_name: str) -> str:
+    try:
+        path = session.model_set.find(role, file_name)
+    except ZImageError as error:
+        if session.model_set.managed:
+            return f"{file_name}: written when a run first needs it"
+        return f"{file_name}: MISSING: {error.message}\n{'':18}{error.mend}"
+    return f"{file_name}: found, {units.quantity(path.stat().st_size, 'bytes')}: {path}"
+
+
+def _rough_time(session: ZImageSession, variant: Variant) -> str:
+    """Of one run, from what this device recorded or somebody published for it."""
+    seconds: dict[str, float] = {}
+    source = "recorded here"
+    for name in ("cold_load", "warm_latency"):
+        try:
+            found = session.store.find(session.key(variant), name)
+        except BaselineError:
+            return "unknown: its baseline cannot be read"
+        if isinstance(found, Absent):
+            reference = session.store.published_reference(session.key(variant), name)
+            if reference is None:
+                return "unknown: nothing recorded on this device yet"
+            seconds[name], source = reference.published.mean, f"published for {reference.engine}"
+        else:
+            value = centre(found.metric)
+            assert isinstance(value, float)
+            seconds[name] = value
+    total = seconds["cold_load"] + session.settings.rounds * seconds["warm_latency"]
+    return f"{units.quantity(total, 's')} a run and the start of a process ({source})"

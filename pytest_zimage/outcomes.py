@@ -1,0 +1,27 @@
+"""How a verdict becomes a test's own outcome.
+
+Passed: PASS and improvements. Failed: regressions, changed facts, errors. Skipped, under their own name and letter and
+never among the passed: what could not be judged; `--zimage-strict` fails those too.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+#: Word of an unjudged verdict, the letter of its dot, the category of the closing line.
+UNJUDGED: dict[str, tuple[str, str]] = {
+    "NO BASELINE": ("N", "without baseline"),
+    "INCONCLUSIVE": ("I", "inconclusive"),
+    "UNFIT": ("U", "unfit"),
+}
+
+
+def skip_status(report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
+    """The status of a skip that is really an unjudged verdict; None for any other report."""
+    if not (report.skipped and isinstance(report.longrepr, tuple)):
+        return None
+    reason = report.longrepr[2].removeprefix("Skipped: ")
+    for word, (letter, category) in UNJUDGED.items():
+        if reason.startswith(f"zimage {word}"):
+            return category, letter, word
+    return None

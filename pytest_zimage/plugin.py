@@ -1,0 +1,96 @@
+"""The pytest hooks. Each delegates; nothing heavy is imported before a test asks for a variant."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_zimage import fixtures, hooks, lanes, options, outcomes
+from pytest_zimage.stash import SESSION
+
+if TYPE_CHECKING:
+    from pytest_zimage.engines.base import EngineFactory
+
+zimage = fixtures.zimage
+zimage_variant = fixtures.zimage_variant
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    options.add_options(parser)
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(hooks)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    lanes.register_markers(config)
+    if config.pluginmanager.hasplugin("xdist"):
+        from pytest_zimage.xdist import XdistHooks
+
+        config.pluginmanager.register(XdistHooks(config), "zimage-xdist")
+    if options.given(config):
+        from pytest_zimage.collect import check_settings
+
+        check_settings(config)
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    if not config.option.zimage_list:
+        return None
+    from pytest_zimage.listing import list_variants
+
+    return list_variants(config)
+
+
+def pytest_zimage_engines(config: pytest.Config) -> Mapping[str, EngineFactory]:
+    from pytest_zimage.engines.local import LocalEngine
+
+    return {LocalEngine.name: LocalEngine}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "zimage_variant" in metafunc.fixturenames:
+        from pytest_zimage.collect import parametrize
+
+        parametrize(metafunc)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if any("zimage_variant" in getattr(item, "fixturenames", ()) for item in items):
+        from pytest_zimage.collect import check_lanes
+
+        check_lanes(config, items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[Any]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if call.excinfo is not None and "zimage_variant" in getattr(item, "fixturenames", ()):
+        from pytest_zimage.closing import note_error
+
+        note_error(item, call.excinfo.value, report)
+    return report
+
+
+def pytest_report_teststatus(report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
+    return outcomes.skip_status(report)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (ours := session.config.stash.get(SESSION, None)) is not None:
+        from pytest_zimage.closing import finish
+
+        finish(session, ours)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if (ours := config.stash.get(SESSION, None)) is not None:
+        from pytest_zimage.closing import summarise
+
+        summarise(terminalreporter, ours)

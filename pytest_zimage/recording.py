@@ -1,0 +1,82 @@
+"""`--update-baselines`: a test records what it measured instead of judging it, and fails if that is refused."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from pytest_zimage.baselines.update import Measured, UpdateResult, outlying_runs, update_baselines
+from pytest_zimage.catalog import Variant
+from pytest_zimage.reports.results import UpdateRow
+from pytest_zimage.session import ZImageSession
+from pytest_zimage.verdict.metrics import take
+from pytest_zimage.verdict.model import Verdict
+
+
+def record_metrics(session: ZImageSession, test: str, variant: Variant, metrics: tuple[str, ...]) -> list[Verdict]:
+    """Measure, record, and say what became of each metric. Raises a `ZImageError` if a run fails."""
+    measured = _measured(session, variant, metrics)
+    results = update_baselines(
+        session.store,
+        session.catalog,
+        [measured],
+        mode=session.settings.update_mode,
+        reason=session.settings.update_reason,
+        recorded_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    session.updates.extend(_row(result) for result in results)
+    return [_verdict(test, measured, result) for result in results]
+
+
+def _row(result: UpdateResult) -> UpdateRow:
+    refused = f"{result.reason} ({result.mend})" if result.action == "refused" else ""
+    return UpdateRow(
+        variant=result.variant,
+        metric=result.metric,
+        unit=result.unit,
+        old=result.old,
+        new=result.new,
+        refused=refused,
+    )
+
+
+def _measured(session: ZImageSession, variant: Variant, metrics: tuple[str, ...]) -> Measured:
+    """The runs to record; one that lies far out is measured once more, and the second measurement stands."""
+    count = session.settings.fresh_runs
+    indices = list(range(count))
+    measured = Measured(
+        key=session.key(variant),
+        runs=tuple(session.run(variant, index) for index in indices),
+        metrics=metrics,
+        rounds_asked=session.settings.rounds,
+    )
+    outlying = sorted(outlying_runs([measured], session.catalog).get(variant.name, {}))
+    for spare, position in enumerate(outlying):
+        indices[position] = count + spare
+    return Measured(
+        key=measured.key,
+        runs=tuple(session.run(variant, index) for index in indices),
+        metrics=metrics,
+        rounds_asked=measured.rounds_asked,
+        remeasured=frozenset(outlying),
+    )
+
+
+def _verdict(test: str, measured: Measured, result: UpdateResult) -> Verdict:
+    refused = result.action == "refused"
+    old, new = result.old, result.new
+    samples = [take(result.metric, run).rounds for run in measured.runs]
+    return Verdict(
+        test=test,
+        variant=result.variant,
+        metric=result.metric,
+        unit=result.unit,
+        verdict=result.action.upper(),
+        outcome="error" if refused else "pass",
+        value=new,
+        baseline=old,
+        change=new / old - 1 if isinstance(old, float) and isinstance(new, float) else None,
+        k_base=result.runs_old,
+        k_new=len(measured.runs),
+        samples=tuple(rounds for rounds in samples if rounds),
+        notes=tuple(text for text in (result.reason, result.mend and f"mend: {result.mend}") if text),
+    )

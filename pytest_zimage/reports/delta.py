@@ -1,0 +1,168 @@
+"""The delta report: one verdict as the failing test's own text, for the person whose change it stopped.
+
+What was expected, what was seen, how sure that is, what probably explains it, and the command to run next. No colours
+inside: the caller paints.
+"""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Sequence
+
+from pytest_zimage.reports import commands, units
+from pytest_zimage.reports.phases import phase_lines
+from pytest_zimage.verdict.model import Verdict
+
+_RECORDED = "(not recorded)"
+_MOST_RUNS_SHOWN = 8
+_EXPLANATION_WIDTH = 100
+
+
+def headline(verdict: Verdict, title: str = "") -> str:
+    """One line: `nvfp4 warm latency: SLOWER  5.50 s -> 6.61 s  +20.1 % (95 % interval +18.9 .. +21.4 %)`."""
+    start = f"{verdict.variant} {title or verdict.metric.replace('_', ' ')}: {verdict.verdict}"
+    parts = [start, *_numbers(verdict), "[INJECTED]" if verdict.injected else ""]
+    return "  ".join(part for part in parts if part)
+
+
+def _numbers(verdict: Verdict) -> list[str]:
+    if verdict.value is None:
+        return []
+    value = units.value(verdict.value, verdict.unit)
+    if verdict.baseline is None:
+        return [f"measured {value}"]
+    if verdict.outcome == "changed":
+        changed = units.differences(verdict.baseline, verdict.value, verdict.unit)
+        return changed if len(changed) == 1 else [f"{len(changed)} of its parts changed"]
+    if isinstance(verdict.value, dict):
+        return [value]
+    change = units.percent(verdict.change) if verdict.change is not None else ""
+    if verdict.interval is not None:
+        change += f" (95 % interval {units.interval(verdict.interval)})"
+    return [f"{units.value(verdict.baseline, verdict.unit)} -> {value}", change]
+
+
+def delta_text(verdict: Verdict, title: str = "", options: Sequence[str] = ()) -> str:
+    """The whole report of one verdict, without ANSI codes; a pass is its headline alone.
+
+    `title` is the metric's own; `options` are this session's command line options that its commands must repeat.
+    """
+    first = headline(verdict, title)
+    if verdict.outcome == "pass" and not verdict.injected:
+        return first
+    lines = [first, *_explained(verdict)]
+    for name, body in (
+        ("band", _band(verdict)),
+        ("certainty", _certainty(verdict)),
+        ("runs", _runs(verdict)),
+        ("changed", _changed(verdict)),
+        ("phases", phase_lines(verdict)),
+        ("environment", _environment(verdict)),
+        ("reference", [verdict.reference] if verdict.reference else []),
+        ("notes", list(verdict.notes)),
+        ("next", _next(verdict, options)),
+    ):
+        lines += [f"  {name if not index else '':<12}{line}" for index, line in enumerate(body)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _explained(verdict: Verdict) -> list[str]:
+    """What the word means, to someone who meets it for the first time."""
+    text = {
+        "regression": "Every fresh run and their mean lie beyond the band, and chance does not explain it (99.9 %).",
+        "improvement": "Better than the baseline beyond the band. The gate now protects the older, worse figure: "
+        "record the new one.",
+        "inconclusive": _missing_sensitivity(verdict),
+        "no-baseline": "Nothing recorded to compare with, so nothing was judged: this is not a pass.",
+        "unfit": "The machine was not fit to judge, so nothing was concluded: this is not a pass.",
+        "changed": "This must be equal on every machine and every run, so any difference counts.",
+        "error": "There is no verdict, because something went wrong before one could be made.",
+    }.get(verdict.outcome, "")
+    marked = ["A fault was injected on purpose; this can never become a baseline."] if verdict.injected else []
+    lines = [line for part in (text, *marked) for line in textwrap.wrap(part, _EXPLANATION_WIDTH)]
+    return [f"  {line}" for line in lines]
+
+
+def _missing_sensitivity(verdict: Verdict) -> str:
+    """How much narrower the interval must become; the rule passes what stays inside the band up to its upper bound."""
+    told = "The runs neither stay inside the band nor leave it for certain: this is not a pass."
+    if verdict.interval is None or verdict.change is None or verdict.band is None:
+        return told
+    half, room = (verdict.interval[1] - verdict.interval[0]) / 2, verdict.band - verdict.change
+    if room <= 0:
+        return f"{told} The change lies beyond the band, but not in every run or not beyond chance."
+    return (
+        f"{told} To pass with this change, the interval must shrink from +/-{units.percent(half, signed=False)} to "
+        f"+/-{units.percent(room, signed=False)}: more fresh runs, more baseline runs, or a quieter machine."
+    )
+
+
+def _band(verdict: Verdict) -> list[str]:
+    if verdict.band is None:
+        return []
+    text = f"+/-{units.percent(verdict.band, signed=False)}"
+    if isinstance(verdict.baseline, float | int):
+        low, high = (verdict.baseline * (1 + sign * verdict.band) for sign in (-1, 1))
+        text += f", that is {units.value(low, verdict.unit)} .. {units.value(high, verdict.unit)}"
+    return [text]
+
+
+def _certainty(verdict: Verdict) -> list[str]:
+    parts = []
+    if verdict.noise is not None:
+        parts.append(f"run-to-run noise {units.percent(verdict.noise, signed=False)}")
+    if verdict.mde is not None:
+        parts.append(f"smallest change it finds 8 times out of 10: {units.percent(verdict.mde, signed=False)}")
+    return ["; ".join(parts)] if parts else []
+
+
+def _runs(verdict: Verdict) -> list[str]:
+    lines = [f"{verdict.k_base} in the baseline, {verdict.k_new} new"] if verdict.k_base or verdict.k_new else []
+    for number, rounds in enumerate(verdict.samples[:_MOST_RUNS_SHOWN], start=1):
+        if not rounds:
+            lines.append(f"new run {number}: no rounds")
+            continue
+        spread = f", {units.quantity(min(rounds), verdict.unit)} .. {units.quantity(max(rounds), verdict.unit)}"
+        lines.append(
+            f"new run {number}: median {units.quantity(statistics.median(rounds), verdict.unit)} of "
+            f"{len(rounds)}{spread if len(rounds) > 1 else ''}"
+        )
+    if len(verdict.samples) > _MOST_RUNS_SHOWN:
+        lines.append(f"and {len(verdict.samples) - _MOST_RUNS_SHOWN} more")
+    return lines
+
+
+def _changed(verdict: Verdict) -> list[str]:
+    return units.differences(verdict.baseline, verdict.value, verdict.unit) if verdict.outcome == "changed" else []
+
+
+def _environment(verdict: Verdict) -> list[str]:
+    """Differences first; what the baseline never recorded explains nothing and takes one line together."""
+    if verdict.baseline is None:
+        return []
+    changed = verdict.environment_changed
+    unknown = [key for key, (old, _) in changed.items() if old == _RECORDED]
+    lines = [f"{key}: {old} -> {new}" for key, (old, new) in sorted(changed.items()) if key not in unknown]
+    if unknown:
+        lines.append(f"not recorded with the baseline: {', '.join(sorted(unknown))}")
+    return lines or ["no difference from what the baseline recorded"]
+
+
+def _next(verdict: Verdict, options: Sequence[str]) -> list[str]:
+    accept = f"to accept it:       {commands.accept(verdict, options)}"
+    closer = f"to look closer:     {commands.closer(verdict, options)}"
+    if verdict.injected:
+        return [closer]
+    return {
+        "regression": [accept, closer],
+        "improvement": [accept, closer],
+        "changed": [accept, closer],
+        "inconclusive": [
+            f"to settle it:       {commands.closer(verdict, options, runs=max(5, verdict.k_new + 2))}",
+            f"to narrow it:       {commands.accept(verdict, [*options, '--update-mode', 'extend'])}",
+        ],
+        "no-baseline": [f"to record one:      {commands.record(verdict, options)}"],
+        "unfit": [f"once it is quiet:   {commands.closer(verdict, options)}"],
+        "error": [f"to try again:       {commands.closer(verdict, options, runs=1)}"],
+    }.get(verdict.outcome, [])

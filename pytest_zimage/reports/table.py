@@ -1,0 +1,163 @@
+"""Tables for the terminal summary: all verdicts, and what an update of baselines did. Text only, the caller paints.
+
+Columns are as wide as their content. Where the terminal is narrower, columns go in the order of `_DROPPED_FIRST`;
+variant, metric, verdict, measured and change always stay.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from pytest_zimage.reports import commands, units
+from pytest_zimage.reports.results import UpdateRow
+from pytest_zimage.verdict.model import Outcome, Verdict
+
+_MARKS: dict[Outcome, str] = {
+    "regression": "!",
+    "changed": "!",
+    "error": "!",
+    "inconclusive": "?",
+    "unfit": "?",
+    "no-baseline": "?",
+    "improvement": "+",
+    "pass": " ",
+}
+_LEGEND = {"!": "! failed", "?": "? not judged", "+": "+ better", "*": "* injected"}
+_DROPPED_FIRST = ("noise", "finds", "95 % interval", "band", "baseline")
+_LEFT = ("variant", "metric", "verdict", "")
+_MIN_WIDTH = 80
+_GAP = "  "
+
+
+def verdict_table(verdicts: Sequence[Verdict], *, width: int = _MIN_WIDTH, options: Sequence[str] = ()) -> str:
+    """All verdicts in the order given, one line each; then the counts, and last the command to run next.
+
+    `finds` is the smallest change found 8 times out of 10. `width` is the terminal's, at least 80 is used;
+    `options` are this session's command line options that the command must repeat.
+    """
+    if not verdicts:
+        return "no verdicts: nothing was measured"
+    names = list(_COLUMNS)
+    rows = [{name: cell(verdict) for name, cell in _COLUMNS.items()} for verdict in verdicts]
+    lines = _fitted(names, rows, max(width, _MIN_WIDTH))
+    legend = legend_line(verdicts)
+    return "\n".join([*lines, *([legend] if legend else []), "", counts_line(verdicts), next_line(verdicts, options)])
+
+
+def counts_line(verdicts: Sequence[Verdict]) -> str:
+    """`8 verdicts: 5 pass, 1 regression, 2 no baseline`"""
+    counts = Counter(verdict.outcome for verdict in verdicts)
+    told = ", ".join(
+        f"{counts[outcome]} {outcome.replace('-', ' ')}" for outcome in reversed(_MARKS) if counts[outcome]
+    )
+    noun = "verdict" if len(verdicts) == 1 else "verdicts"
+    return f"{len(verdicts)} {noun}: {told}"
+
+
+def legend_line(verdicts: Sequence[Verdict]) -> str:
+    """What the marks in the table mean, those that are there; empty where all is well."""
+    marks = {_MARKS[verdict.outcome] for verdict in verdicts} | {"*" for verdict in verdicts if verdict.injected}
+    return "   ".join(text for mark, text in _LEGEND.items() if mark in marks)
+
+
+def next_line(verdicts: Sequence[Verdict], options: Sequence[str] = ()) -> str:
+    """The command that helps most: look closer at the first failure, settle what is open, or record what is missing."""
+    for outcomes in (("regression", "changed", "error"), ("unfit", "inconclusive")):
+        for verdict in verdicts:
+            if verdict.outcome in outcomes:
+                return f"next: {commands.closer(verdict, options)}"
+    if missing := [verdict for verdict in verdicts if verdict.outcome == "no-baseline"]:
+        return f"next: {commands.record_all(missing, options)}"
+    if better := [verdict for verdict in verdicts if verdict.outcome == "improvement"]:
+        return f"next: {commands.accept(better[0], options)}"
+    return "next: nothing to do, every verdict is a pass"
+
+
+def update_table(rows: Sequence[UpdateRow], *, width: int = _MIN_WIDTH) -> str:
+    """What an update changed, old -> new, a line per variant and metric; a refusal gives its reason instead."""
+    if not rows:
+        return "no baselines updated: nothing was measured"
+    cells = [
+        {
+            "variant": f"{'!' if row.refused else ' '} {row.variant}",
+            "metric": row.metric,
+            "old": _short(row.old, row.unit),
+            "new": _short(row.new, row.unit),
+            "": f"refused: {row.refused}" if row.refused else _update_change(row),
+        }
+        for row in rows
+    ]
+    done, refused = sum(not row.refused for row in rows), sum(bool(row.refused) for row in rows)
+    lines = _fitted(list(cells[0]), cells, max(width, _MIN_WIDTH), keep_last=True)
+    return "\n".join([*lines, "", f"{done} recorded" + (f", {refused} refused" if refused else "")])
+
+
+def _fitted(names: list[str], rows: Sequence[Mapping[str, str]], width: int, *, keep_last: bool = False) -> list[str]:
+    """Header and rows, columns dropped until they fit; `keep_last` lets the last column run over the edge."""
+
+    def wide(name: str) -> int:
+        return max(len(name), *(len(row[name]) for row in rows))
+
+    for dropped in _DROPPED_FIRST:
+        if sum(wide(name) + len(_GAP) for name in names) - len(_GAP) <= width:
+            break
+        names = [name for name in names if name != dropped]
+    widths = {name: wide(name) for name in names}
+    if not keep_last:
+        # Only names that a user made very long are left to shorten.
+        over = sum(widths.values()) + len(_GAP) * (len(names) - 1) - width
+        if over > 0:
+            widths["variant"] = max(widths["variant"] - over, 8)
+    header = {name: "  variant" if name == "variant" else name for name in names}
+    lines = []
+    for row in (header, *rows):
+        cells = [_cut(row[name], widths[name]) for name in names]
+        padded = [
+            cell.ljust(widths[name]) if name in _LEFT else cell.rjust(widths[name])
+            for name, cell in zip(names, cells, strict=True)
+        ]
+        lines.append(_GAP.join(padded).rstrip())
+    return lines
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 2]}.."
+
+
+def _short(value: units.Value, unit: str) -> str:
+    """Several values by name become their sum: the report of the test itself has them one by one."""
+    if isinstance(value, Mapping):
+        return units.quantity(sum(value.values()), unit)
+    return units.value(value, unit)
+
+
+def _change(verdict: Verdict) -> str:
+    if verdict.outcome == "changed":
+        parts = len(units.differences(verdict.baseline, verdict.value, verdict.unit))
+        return f"{parts} differ" + ("s" if parts == 1 else "")
+    return units.percent(verdict.change)
+
+
+def _update_change(row: UpdateRow) -> str:
+    if row.old is None:
+        return "first"
+    if isinstance(row.old, Mapping) or isinstance(row.new, Mapping):
+        return "; ".join(units.differences(row.old, row.new, row.unit)) or "the same"
+    if row.new is None:
+        return "removed"
+    return units.percent(row.new / row.old - 1) if row.old else units.exact(row.new, row.unit)
+
+
+_COLUMNS: dict[str, Callable[[Verdict], str]] = {
+    "variant": lambda v: f"{_MARKS[v.outcome]} {v.variant}",
+    "metric": lambda v: v.metric,
+    "verdict": lambda v: v.verdict + ("*" if v.injected else ""),
+    "baseline": lambda v: _short(v.baseline, v.unit),
+    "measured": lambda v: _short(v.value, v.unit),
+    "change": _change,
+    "95 % interval": lambda v: units.interval(v.interval),
+    "band": lambda v: units.percent(v.band, signed=False),
+    "noise": lambda v: units.percent(v.noise, signed=False),
+    "finds": lambda v: units.percent(v.mde, signed=False),
+}

@@ -1,0 +1,84 @@
+"""The runs of one session, in a folder that its xdist workers share.
+
+A run is measured by whichever process needs it first, under a lock that holds the device, and read by the others: so
+each variant is loaded once however the tests are spread, and two timed runs never meet on one device. A run that failed
+is kept as its error, which every test of the variant then reports.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from msgspec import Struct, json
+
+from pytest_zimage import errors
+from pytest_zimage.engines.base import ReportProgress
+from pytest_zimage.engines.record import RunRecord
+from pytest_zimage.errors import ZImageError
+
+
+class StoredError(Struct, frozen=True):
+    """A run that failed, as the next reader will raise it."""
+
+    kind: str
+    message: str
+    mend: str
+
+
+class RunBook:
+    """Runs by (variant, index); `folder` belongs to the session, `lock` to the device."""
+
+    def __init__(self, folder: Path, lock: Path) -> None:
+        self._folder = folder
+        self._lock = lock
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+
+    def get(self, variant: str, index: int, measure: Callable[[], RunRecord], progress: ReportProgress) -> RunRecord:
+        """The run, measured now if nobody has yet. Raises the `ZImageError` the run ended with."""
+        path = self._folder / f"{variant}-{index + 1}.json"
+        failed = path.with_suffix(".error.json")
+        if not path.exists() and not failed.exists():
+            with self._device(progress):
+                # Another process may have measured it while this one waited for the device.
+                if not path.exists() and not failed.exists():
+                    try:
+                        _write(path, measure().to_json())
+                    except ZImageError as error:
+                        _write(failed, json.encode(StoredError(type(error).__name__, error.message, error.mend)))
+        if failed.exists():
+            stored = json.decode(failed.read_bytes(), type=StoredError)
+            raise getattr(errors, stored.kind)(stored.message, mend=stored.mend)
+        return RunRecord.from_json(path.read_bytes())
+
+    def recorded(self, variant: str) -> list[RunRecord]:
+        """The runs of `variant` that succeeded so far, in order."""
+        runs: list[RunRecord] = []
+        while (path := self._folder / f"{variant}-{len(runs) + 1}.json").exists():
+            runs.append(RunRecord.from_json(path.read_bytes()))
+        return runs
+
+    def all(self) -> list[RunRecord]:
+        """Every run of the session that succeeded, in the order they were made."""
+        paths = [path for path in self._folder.glob("*.json") if not path.name.endswith(".error.json")]
+        return [RunRecord.from_json(path.read_bytes()) for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns)]
+
+    @contextmanager
+    def _device(self, progress: ReportProgress) -> Iterator[None]:
+        with self._lock.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                progress("waiting for the device, which another process is timing on", 0, 0)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)

@@ -1,0 +1,229 @@
+"""What one pytest session owns: the settings, the machine, the model set, the runs, and what was found.
+
+Made on first need, so that a project that merely has the plugin installed pays nothing. Under xdist each worker owns
+one; they share the folder of runs, and what they found travels to the controller through `workeroutput`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from msgspec import structs
+
+from pytest_zimage.baselines.schema import Key
+from pytest_zimage.baselines.store import BaselineStore
+from pytest_zimage.catalog import Catalog, Variant, Workload, load_catalog
+from pytest_zimage.checkpoints.modelset import ModelSet, file_fingerprint, open_model_set
+from pytest_zimage.checkpoints.synthetic import ensure_model_set
+from pytest_zimage.engines.base import Engine, EngineFactory, ReportProgress, RunPlan
+from pytest_zimage.engines.protocol import Injection
+from pytest_zimage.engines.record import RunRecord
+from pytest_zimage.errors import CatalogError, ZImageError
+from pytest_zimage.options import Settings, read_settings, repeated_options
+from pytest_zimage.probes.device import Machine, detect
+from pytest_zimage.probes.environment import machine_fingerprint, session_environment
+from pytest_zimage.reports.progress import Progress
+from pytest_zimage.runbook import RunBook
+from pytest_zimage.stash import SESSION
+from pytest_zimage.xdist import is_worker
+
+if TYPE_CHECKING:
+    from pytest_zimage.reports.results import ErrorRow, UpdateRow
+    from pytest_zimage.verdict.model import Verdict
+
+_KEPT_SESSIONS = 20
+
+
+class ZImageSession:
+    """One per pytest process."""
+
+    def __init__(self, config: pytest.Config, settings: Settings, folder: Path) -> None:
+        self.config = config
+        self.settings = settings
+        self.folder = folder
+        self.started_at = datetime.now(UTC)
+        self.verdicts: list[Verdict] = []
+        self.errors: list[ErrorRow] = []
+        self.updates: list[UpdateRow] = []
+        self.results_path: Path | None = None
+        self.closing_error: ZImageError | None = None
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The user's catalogue, plus the class of this machine's device if no table names it."""
+        catalog = load_catalog(self.settings.catalog)
+        found = detect(catalog, os.environ.get("CUDA_VISIBLE_DEVICES"), choice=self.settings.device).device_class
+        return structs.replace(catalog, devices={found.name: found, **catalog.devices})
+
+    @cached_property
+    def machine(self) -> Machine:
+        return detect(self.catalog, os.environ.get("CUDA_VISIBLE_DEVICES"), choice=self.settings.device)
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """Machine, system, packages and commit as this process sees them."""
+        return session_environment(self.settings.rootdir, self.machine)
+
+    @cached_property
+    def model_set(self) -> ModelSet:
+        return open_model_set(
+            self.settings.models, self.catalog, cache=self.settings.cache, tokenizer=self.settings.tokenizer
+        )
+
+    @cached_property
+    def workload(self) -> Workload:
+        default = "turbo-tiny" if self.model_set.name == "synthetic-tiny" else "turbo-1024"
+        return self.catalog.workload(self.settings.workload or default)
+
+    @cached_property
+    def engine(self) -> Engine:
+        offered: dict[str, EngineFactory] = {}
+        # Later plugins and conftest files come first in pytest's answer, and outrank what is shipped.
+        for engines in self.config.hook.pytest_zimage_engines(config=self.config):
+            offered = {**engines, **offered}
+        if self.settings.engine not in offered:
+            raise CatalogError(
+                f"unknown engine {self.settings.engine!r}", mend=f"engines here: {', '.join(sorted(offered))}"
+            )
+        return offered[self.settings.engine]()
+
+    @cached_property
+    def store(self) -> BaselineStore:
+        return BaselineStore(
+            self.settings.baselines,
+            self.settings.local_baselines,
+            catalog=self.catalog,
+            machine=machine_fingerprint(),
+        )
+
+    @cached_property
+    def book(self) -> RunBook:
+        device = self.machine.uuid or self.machine.torch_device
+        return RunBook(self.folder / "runs", self.settings.cache / "locks" / f"{device.replace(':', '-')}.lock")
+
+    @cached_property
+    def progress(self) -> Progress:
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        if is_worker(self.config) or reporter is None:
+            return Progress(lambda text: None, is_tty=False)
+
+        def write(text: str) -> None:
+            if not text.startswith("\r"):
+                reporter.ensure_newline()
+            reporter.write(text, flush=True)
+
+        return Progress(write, reporter.isatty, width=lambda: shutil.get_terminal_size().columns)
+
+    @cached_property
+    def injection(self) -> Injection:
+        amounts = dict(self.settings.inject)
+        return Injection(
+            warm_latency=amounts.get("warm_latency", 0.0),
+            cold_load=amounts.get("cold_load", 0.0),
+            memory_bytes=int(amounts.get("memory", 0)),
+        )
+
+    @property
+    def measured(self) -> bool:
+        """Whether any run was asked for."""
+        return "book" in vars(self)
+
+    @property
+    def repeated_options(self) -> list[str]:
+        """What a command for the same measurement must say beside the variant."""
+        return repeated_options(self.config)
+
+    def variants(self) -> list[Variant]:
+        """The variants asked for that this lane can run. Raises `CatalogError` if there is none."""
+        lane = self.machine.device_class.name
+        chosen = self.catalog.select(self.settings.config)
+        able = [variant for variant in chosen if not variant.lanes or lane in variant.lanes]
+        if not able:
+            names = ", ".join(variant.name for variant in chosen)
+            raise CatalogError(f"none of {names} runs on {lane}", mend="see the lanes of each in --zimage-list")
+        return able
+
+    def key(self, variant: Variant) -> Key:
+        return Key(
+            device=self.machine.device_class.name,
+            engine=self.engine.name,
+            model_set=self.model_set.name,
+            workload=self.workload.name,
+            variant=variant.name,
+        )
+
+    def run(self, variant: Variant, index: int) -> RunRecord:
+        """Run number `index` of `variant`, measured at most once in the whole session."""
+
+        def progress(stage: str, done: int, total: int) -> None:
+            self.progress.update(variant.name, index + 1, stage, done, total)
+
+        def measure() -> RunRecord:
+            return self.engine.run(self._plan(variant, index, progress), progress)
+
+        try:
+            return self.book.get(variant.name, index, measure, progress)
+        finally:
+            self.progress.finish()
+
+    def _plan(self, variant: Variant, index: int, progress: ReportProgress) -> RunPlan:
+        model_set = self.model_set
+        if model_set.managed:
+            ensure_model_set(
+                model_set.name,
+                model_set.dims,
+                model_set.root,
+                variant.files().values(),
+                device=self.machine.torch_device,
+                say=lambda line: progress(f"writing {model_set.name}: {line}", 0, 0),
+            )
+        files = model_set.files(variant)
+        return RunPlan(
+            variant=variant,
+            workload=self.workload,
+            model_set=model_set.name,
+            dims=model_set.dims,
+            files=files,
+            tokenizer=model_set.find_tokenizer(),
+            device=self.machine.torch_device,
+            index=index,
+            rounds=self.settings.rounds,
+            inject=self.injection,
+            environment={
+                **self.environment,
+                **{f"weights.{role}": file_fingerprint(path)[:16] for role, path in files.items()},
+            },
+            log=self.folder / "logs" / f"{variant.name}-{index + 1}.log",
+            timeout_s=self.settings.timeout_s,
+        )
+
+
+def start(config: pytest.Config) -> ZImageSession:
+    """The session of this process, made now if there is none yet. Raises `pytest.UsageError`."""
+    if SESSION not in config.stash:
+        settings = read_settings(config)
+        config.stash[SESSION] = ZImageSession(config, settings, shared_folder(config))
+    return config.stash[SESSION]
+
+
+def shared_folder(config: pytest.Config) -> Path:
+    """The folder of this session, the same for all its xdist workers."""
+    given = getattr(config, "workerinput", {}).get("zimage_folder")
+    if given:
+        return Path(given)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return config.rootpath / ".zimage" / "sessions" / f"{stamp}-{os.getpid()}"
+
+
+def prune_sessions(folder: Path) -> None:
+    """Keep the logs and runs of the last sessions only."""
+    sessions = sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []
+    for old in sessions[:-_KEPT_SESSIONS]:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,12 @@
+"""Where the session of a pytest process hangs: a key light enough for every pytest run to import."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_zimage.session import ZImageSession
+
+SESSION: pytest.StashKey[ZImageSession] = pytest.StashKey()

@@ -1,0 +1,144 @@
+"""One table: metric name -> how its sample is taken out of a run. Whatever is judged or stored goes through it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from msgspec import Struct
+
+from pytest_zimage.engines.protocol import Round
+from pytest_zimage.engines.record import RunRecord
+from pytest_zimage.errors import MeasurementError
+
+
+class Sample(Struct, frozen=True, kw_only=True):
+    """What one run says about one metric: rounds or an exact value, or neither and why."""
+
+    rounds: tuple[float, ...] = ()
+    """In the metric's unit; a metric taken once a run has one."""
+    exact: int | dict[str, int] | None = None
+    phases: dict[str, float] = {}
+    """Mean seconds by phase, where the metric has phases."""
+    emptied: bool | None = None
+    """Cold load only: whether the page cache was empty. Runs are compared only with runs of the same kind."""
+    unavailable: str = ""
+    """Why this engine or machine cannot say; then there is neither rounds nor an exact value."""
+
+
+def take(metric: str, record: RunRecord) -> Sample:
+    """The sample of `metric` in one run.
+
+    Raises `MeasurementError` when the record holds something that cannot be: no rounds, a time or size that is not
+    positive, rounds that disagree on what must be equal.
+    """
+    if metric not in _TAKERS:
+        raise MeasurementError(
+            f"no run measures {metric!r}", mend=f"metrics that a run measures: {', '.join(sorted(_TAKERS))}"
+        )
+    return _TAKERS[metric](record)
+
+
+def measurable() -> tuple[str, ...]:
+    """Names of the metrics that `take` knows."""
+    return tuple(_TAKERS)
+
+
+def _warm_latency(record: RunRecord) -> Sample:
+    rounds = _rounds(record)
+    phases = {
+        name: math.fsum(_phase(record, round_, name) for round_ in rounds) / len(rounds) for name in rounds[0].phases_s
+    }
+    times = tuple(_positive(record, "warm_latency", round_.seconds) for round_ in rounds)
+    return Sample(rounds=times, phases=phases)
+
+
+def _cold_load(record: RunRecord) -> Sample:
+    total = _positive(record, "cold_load", record.cold.total_s)
+    return Sample(rounds=(total,), phases=dict(record.cold.phases_s), emptied=record.cold.emptied)
+
+
+def _rss_peak(record: RunRecord) -> Sample:
+    return Sample(rounds=(_positive(record, "rss_peak", _peak(record)),))
+
+
+def _working_set(record: RunRecord) -> Sample:
+    idle = _positive(record, "working_set", record.rss_idle_bytes)
+    return Sample(rounds=(_positive(record, "working_set", _peak(record) - idle),))
+
+
+def _device_peak(record: RunRecord) -> Sample:
+    peak = record.memory.device_peak_bytes
+    if peak is None:
+        why = "; ".join(record.memory.notes) or f"{record.engine} on {record.device} reports no device memory"
+        return Sample(unavailable=why)
+    return Sample(rounds=(_positive(record, "device_peak", peak),))
+
+
+def _disk_bytes(record: RunRecord) -> Sample:
+    return Sample(exact=int(_positive(record, "disk_bytes", record.disk_bytes)))
+
+
+def _forwards(record: RunRecord) -> Sample:
+    counts = sorted({round_.forwards for round_ in _rounds(record)})
+    if len(counts) > 1:
+        raise MeasurementError(
+            f"{_where(record)}: forwards differ between rounds: {', '.join(map(str, counts))}",
+            mend="the sampler must run the same number of steps every time; look at the workload's steps",
+        )
+    return Sample(exact=int(_positive(record, "forwards", counts[0])))
+
+
+def _counts(name: str, read: Callable[[RunRecord], Mapping[str, int]]) -> Callable[[RunRecord], Sample]:
+    def taker(record: RunRecord) -> Sample:
+        counts = dict(read(record))
+        if not counts:
+            return Sample(unavailable=f"{record.engine} does not report {name}")
+        for key, count in counts.items():
+            _positive(record, f"{name}[{key}]", count)
+        return Sample(exact=counts)
+
+    return taker
+
+
+_TAKERS: dict[str, Callable[[RunRecord], Sample]] = {
+    "warm_latency": _warm_latency,
+    "cold_load": _cold_load,
+    "rss_peak": _rss_peak,
+    "working_set": _working_set,
+    "device_peak": _device_peak,
+    "disk_bytes": _disk_bytes,
+    "weight_bytes": _counts("weight_bytes", lambda record: record.loaded.weight_bytes),
+    "tensors": _counts("tensors", lambda record: record.loaded.tensors),
+    "linears": _counts("linears", lambda record: record.loaded.compute),
+    "forwards": _forwards,
+}
+
+
+def _peak(record: RunRecord) -> int:
+    """The kernel's mark and the sampler see the same process; the higher one is right."""
+    return max(record.memory.rss_peak_bytes, record.memory.rss_sampled_peak_bytes or 0)
+
+
+def _rounds(record: RunRecord) -> tuple[Round, ...]:
+    if not record.rounds:
+        raise MeasurementError(f"{_where(record)} has no timed rounds", mend="ask for at least one: --zimage-rounds 1")
+    return record.rounds
+
+
+def _phase(record: RunRecord, round_: Round, name: str) -> float:
+    if name not in round_.phases_s:
+        raise MeasurementError(f"{_where(record)}: a round lacks the phase {name!r}", mend="measure again")
+    return round_.phases_s[name]
+
+
+def _positive(record: RunRecord, name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise MeasurementError(
+            f"{_where(record)}: {name} is {value}; it must be positive and finite", mend="measure again"
+        )
+    return value
+
+
+def _where(record: RunRecord) -> str:
+    return f"run {record.index} of {record.variant}"

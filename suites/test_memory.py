@@ -1,0 +1,26 @@
+"""How much the variant occupies: in memory, on the device, on disk."""
+
+
+def test_peak_memory(zimage):
+    """The process's highest resident memory, and the same less what it held before it loaded anything."""
+    zimage.gate(zimage.rss_peak(), zimage.working_set())
+
+
+def test_device_memory(zimage):
+    """The most device memory the variant's tensors held at once."""
+    zimage.gate(zimage.device_peak())
+
+
+def test_disk(zimage):
+    """Bytes of the variant's files."""
+    zimage.gate(zimage.disk_bytes())
+
+
+def test_weights(zimage):
+    """Bytes and tensors of the loaded weights, by storage type: a file quietly dequantised on load shows up here."""
+    zimage.gate(zimage.weight_bytes(), zimage.tensors())
+
+
+def test_linears(zimage):
+    """How the linears compute: plain, cast, weight-only, or with quantised activations."""
+    zimage.gate(zimage.linears())

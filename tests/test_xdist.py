@@ -1,0 +1,96 @@
+"""pytest-xdist: the same verdicts, each run made once, one results file, however the tests are spread."""
+
+from __future__ import annotations
+
+import pytest
+
+SUITE = """
+def test_warm_latency(zimage):
+    zimage.gate(zimage.warm_latency())
+
+def test_cold_load(zimage):
+    zimage.gate(zimage.cold_load())
+
+def test_memory(zimage):
+    zimage.gate(zimage.rss_peak())
+"""
+BASE = [{"rounds": [x], "cold": 10 * x} for x in (1.000, 1.004, 0.997, 1.002, 0.999)]
+NOW = {
+    "bf16": [{"rounds": [1.001]}],
+    "nvfp4": [{"rounds": [1.2]}],
+    "fp8_cast": [{"rounds": [1.031]}, {"rounds": [1.029]}, {"rounds": [1.030]}],
+    "fp8_scaled": [{"error": "EngineError", "message": "worker of fp8-scaled: was killed by SIGKILL"}],
+}
+NAMES = "bf16,nvfp4,fp8-cast,fp8-scaled"
+
+
+@pytest.fixture
+def recorded(script):
+    script.project.makepyfile(test_suite=SUITE)
+    script(default=BASE)
+    done = script.project.runpytest_subprocess("--update-baselines", "--update-reason", "first", "--zimage-config", NAMES)
+    assert done.ret == 0
+    (script.project.path / "ran.log").unlink()
+    script(**NOW)
+    return script
+
+
+def outcomes(data):
+    return {
+        (verdict["test"].partition("@")[0], verdict["metric"]): (
+            verdict["verdict"],
+            verdict["value"],
+            verdict["change"],
+            verdict["k_new"],
+        )
+        for verdict in data["verdicts"]
+    }
+
+
+def failures(data):
+    return sorted((error["test"].partition("@")[0], error["kind"]) for error in data["errors"])
+
+
+@pytest.mark.parametrize("workers", [("-n", "2"), ("-n", "2", "--dist", "loadgroup"), ("-n", "1")])
+def test_same_verdicts_as_without(recorded, results, workers):
+    plain = recorded.project.runpytest_subprocess("--zimage-config", NAMES, "-n", "0")
+    alone = results()
+    ran_alone = sorted(recorded.ran)
+    (recorded.project.path / "ran.log").unlink()
+
+    spread = recorded.project.runpytest_subprocess("--zimage-config", NAMES, *workers)
+    together = results()
+
+    assert len(alone["verdicts"]) == 9
+    assert {verdict["verdict"] for verdict in alone["verdicts"]} == {"PASS", "SLOWER", "INCONCLUSIVE"}
+    assert outcomes(together) == outcomes(alone)
+    assert failures(together) == failures(alone)
+    assert len(alone["errors"]) == 3
+    assert spread.ret == plain.ret == pytest.ExitCode.TESTS_FAILED
+    assert sorted(recorded.ran) == ran_alone, "a run was made twice or not at all"
+
+
+def test_one_results_file_and_one_table(recorded):
+    results_folder = recorded.project.path / ".zimage" / "results"
+    before = len(list(results_folder.glob("*.json")))
+    done = recorded.project.runpytest_subprocess("--zimage-config", NAMES, "-n", "2")
+    assert len(list(results_folder.glob("*.json"))) == before + 1
+    assert done.stdout.str().count("zimage verdicts") == 1
+
+
+def test_updating_from_two_workers_loses_nothing(script, results):
+    script.project.makepyfile(test_suite=SUITE)
+    script(default=BASE)
+    done = script.project.runpytest_subprocess(
+        "--update-baselines", "--update-reason", "first", "--zimage-config", NAMES, "-n", "2"
+    )
+    assert done.ret == 0
+    judged = script.project.runpytest_subprocess("--zimage-config", NAMES)
+    judged.assert_outcomes(passed=12)
+
+
+def test_a_worker_of_xdist_that_dies_is_not_green(recorded):
+    recorded(**{**NOW, "nvfp4": [{"die": 9}]})
+    done = recorded.project.runpytest_subprocess("--zimage-config", NAMES, "-n", "2")
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    done.stdout.fnmatch_lines_random(["*worker 'gw*' crashed while running*nvfp4*"])
