@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 
 from pytest_zimage.baselines.update import Measured, UpdateResult, outlying_runs, update_baselines
 from pytest_zimage.catalog import Variant
-from pytest_zimage.reports.results import UpdateRow
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.metrics import take
 from pytest_zimage.verdict.model import Verdict
@@ -23,20 +22,8 @@ def record_metrics(session: ZImageSession, test: str, variant: Variant, metrics:
         reason=session.settings.update_reason,
         recorded_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    session.updates.extend(_row(result) for result in results)
+    session.updates.extend(results)
     return [_verdict(test, measured, result) for result in results]
-
-
-def _row(result: UpdateResult) -> UpdateRow:
-    refused = f"{result.reason} ({result.mend})" if result.action == "refused" else ""
-    return UpdateRow(
-        variant=result.variant,
-        metric=result.metric,
-        unit=result.unit,
-        old=result.old,
-        new=result.new,
-        refused=refused,
-    )
 
 
 def _measured(session: ZImageSession, variant: Variant, metrics: tuple[str, ...]) -> Measured:

@@ -28,14 +28,15 @@ from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import CatalogError, ZImageError
 from pytest_zimage.options import Settings, read_settings, repeated_options
 from pytest_zimage.probes.device import Machine, detect
-from pytest_zimage.probes.environment import machine_fingerprint, session_environment
+from pytest_zimage.probes.environment import machine_fingerprint, memory_total_bytes, session_environment
 from pytest_zimage.reports.progress import Progress
 from pytest_zimage.runbook import RunBook
 from pytest_zimage.stash import SESSION
 from pytest_zimage.xdist import is_worker
 
 if TYPE_CHECKING:
-    from pytest_zimage.reports.results import ErrorRow, UpdateRow
+    from pytest_zimage.baselines.update import UpdateResult
+    from pytest_zimage.reports.results import ErrorRow
     from pytest_zimage.verdict.model import Verdict
 
 _KEPT_SESSIONS = 20
@@ -51,20 +52,28 @@ class ZImageSession:
         self.started_at = datetime.now(UTC)
         self.verdicts: list[Verdict] = []
         self.errors: list[ErrorRow] = []
-        self.updates: list[UpdateRow] = []
+        self.updates: list[UpdateResult] = []
         self.results_path: Path | None = None
         self.closing_error: ZImageError | None = None
 
     @cached_property
     def catalog(self) -> Catalog:
         """The user's catalogue, plus the class of this machine's device if no table names it."""
-        catalog = load_catalog(self.settings.catalog)
-        found = detect(catalog, os.environ.get("CUDA_VISIBLE_DEVICES"), choice=self.settings.device).device_class
-        return structs.replace(catalog, devices={found.name: found, **catalog.devices})
+        found = self.machine.device_class
+        return structs.replace(self._own_catalog, devices={found.name: found, **self._own_catalog.devices})
+
+    @cached_property
+    def _own_catalog(self) -> Catalog:
+        return load_catalog(self.settings.catalog)
 
     @cached_property
     def machine(self) -> Machine:
-        return detect(self.catalog, os.environ.get("CUDA_VISIBLE_DEVICES"), choice=self.settings.device)
+        return detect(
+            self._own_catalog,
+            os.environ.get("CUDA_VISIBLE_DEVICES"),
+            choice=self.settings.device,
+            memory_total_bytes=memory_total_bytes(),
+        )
 
     @cached_property
     def environment(self) -> dict[str, str]:
@@ -192,7 +201,8 @@ class ZImageSession:
             dims=model_set.dims,
             files=files,
             tokenizer=model_set.find_tokenizer(),
-            device=self.machine.torch_device,
+            device="cuda:0" if self.machine.uuid else self.machine.torch_device,
+            gpu=self.machine.uuid,
             index=index,
             rounds=self.settings.rounds,
             inject=self.injection,

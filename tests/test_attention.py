@@ -98,7 +98,7 @@ def test_comparison_notices_exchanged_norms_and_lost_rotation() -> None:
     rope = MatrixRope(256.0, AXES_DIMS, AXES_LENS, torch.device("cpu"))
     right = ours(x, freqs_cis=rope(ids)[None])
     assert (ours(x, freqs_cis=rope(ids * 0)[None]) - right).norm() / right.norm() > 1e-2
-    ours.norm_q.weight.copy_(theirs.norm_v.weight if hasattr(theirs, "norm_v") else torch.ones(DIM // HEADS))
+    ours.norm_q.weight.copy_(theirs.norm_k.weight)
     assert (ours(x, freqs_cis=rope(ids)[None]) - right).norm() / right.norm() > 1e-3
 
 

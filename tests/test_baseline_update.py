@@ -414,7 +414,13 @@ def test_a_cold_load_of_the_other_kind_is_unfit(store):
     got = judged(store, "cold_load", [record(emptied=False)])
     assert got.outcome == "unfit"
     assert "was not emptied before the fresh runs" in got.notes[0]
-    assert judged(store, "cold_load", [record(), record(1, emptied=False)]).outcome == "unfit"
+
+
+@pytest.mark.parametrize("stored_kind", [True, False])
+def test_cold_loads_of_both_kinds_in_one_session_are_unfit(store, stored_kind):
+    update(store, measured(runs=five(emptied=stored_kind), metrics=("cold_load",)))
+    got = judged(store, "cold_load", [record(), record(1, emptied=False)])
+    assert (got.outcome, got.notes) == ("unfit", ("the page cache was emptied before some of the fresh runs only",))
 
 
 def test_a_figure_that_vanished_is_an_error(store):

@@ -154,6 +154,16 @@ def test_two_runs_beyond_the_band_are_no_regression_while_chance_could_explain_t
     got = judge(runs(1.05, 1.05), noisy, RULE)
     assert got.outcome == "inconclusive"
     assert got.interval[0] < 0
+    assert judge(runs(0.93, 0.93), noisy, RULE).outcome == "inconclusive"
+
+
+def test_smallest_detectable_change_grows_with_the_noise_beyond_the_band():
+    base = runs(0.8, 0.9, 1.0, 1.1, 1.2)
+    got = judge(runs(1.0), base, RULE)
+    se = got.noise * math.sqrt(1 / 5 + 1 / 3)
+    t = scipy.stats.t(8 + 4 + 2)
+    assert got.mde == pytest.approx(math.expm1((t.ppf(0.999) + t.ppf(0.9)) * se))
+    assert got.mde > 0.3
 
 
 def test_cold_load_may_take_five_runs():
@@ -249,6 +259,12 @@ def test_control_cancels_what_slowed_the_whole_machine():
     assert (alone.outcome, alone.change) == ("regression", pytest.approx(0.1))
 
 
+def test_control_leaves_the_absolute_band_out_of_ratios():
+    small, constants = [[200 * 2**20]], RuleConstants.of(RSS)
+    assert judge(small, small * 5, constants).band == pytest.approx(0.32)
+    assert judge_control(small, small * 5, small, small * 5, constants).band == 0.02
+
+
 def test_control_pairs_runs_in_order_and_drops_those_without_partner():
     drifting = [5.5 * f for f in (1.0, 1.2, 0.9)]
     control = [7.5 * f for f in (1.0, 1.2)]
@@ -294,7 +310,18 @@ def test_simulation_keeps_the_promises(benchmark_module):
     assert by_change[0.03] > 0.95
 
 
-def test_simulation_reproduces_the_naive_rules_that_its_noise_model_was_set_by(benchmark_module):
+@pytest.mark.parametrize("autocorrelation", [0.3, 0.9])
+@pytest.mark.parametrize("outlier_mean", [0.05, 0.15])
+def test_promises_do_not_hang_on_the_open_numbers_of_the_noise_model(
+    benchmark_module, monkeypatch, autocorrelation, outlier_mean
+):
+    model = partial(benchmark_module.NoiseModel, autocorrelation=autocorrelation, outlier_mean=outlier_mean)
+    monkeypatch.setattr(benchmark_module, "NoiseModel", model)
+    rates = benchmark_module.flag_rates(20_000, seed=13)
+    assert benchmark_module.violations(rates, benchmark_module.coverage(5_000, seed=13)) == []
+
+
+def test_simulation_reproduces_the_naive_rules_as_specified(benchmark_module):
     rates = benchmark_module.flag_rates(20_000, seed=12)
     for name in ("mean > one run's + 3 %", "mean > one run's + 5 %"):
         assert [100 * rate for rate in rates[name]] == pytest.approx(benchmark_module.DOCUMENTED[name], abs=1.5)

@@ -184,7 +184,12 @@ def test_nothing_multiplies_natively_on_a_cpu() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "native"),
-    [((8, 6), []), ((8, 9), ["float8_e4m3fn"]), ((9, 0), ["float8_e4m3fn"]), ((12, 1), ["float8_e4m3fn", "nvfp4", "mxfp8"])],
+    [
+        ((8, 6), []),
+        ((8, 9), ["float8_e4m3fn"]),
+        ((9, 0), ["float8_e4m3fn"]),
+        ((12, 1), ["float8_e4m3fn", "nvfp4", "mxfp8"]),
+    ],
 )
 def test_native_formats_follow_the_compute_capability(monkeypatch, capability, native) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)

@@ -12,11 +12,12 @@ import jsonschema
 import pytest
 from msgspec import structs
 
+from pytest_zimage.baselines.update import UpdateResult
 from pytest_zimage.engines.protocol import Loaded, Reported, Round
 from pytest_zimage.engines.record import ColdLoad, RunRecord
 from pytest_zimage.errors import ZImageError
 from pytest_zimage.reports import results
-from pytest_zimage.reports.results import ErrorRow, Results, UpdateRow
+from pytest_zimage.reports.results import ErrorRow, Results
 from pytest_zimage.reports.schema import results_schema, schema_text
 from pytest_zimage.verdict.model import Verdict
 
@@ -65,7 +66,7 @@ RESULTS = Results(
     verdicts=(VERDICT, structs.replace(VERDICT, value={"a": 1}, baseline={"a": 2}, unit="count")),
     errors=(ErrorRow(test="t", variant="bf16", kind="EngineError", message="died", mend="look"),),
     runs=(RUN,),
-    updates=(UpdateRow(variant="bf16", metric="warm_latency", unit="s", old=None, new=1.0),),
+    updates=(UpdateResult(variant="bf16", metric="warm_latency", unit="s", action="recorded", old=None, new=1.0),),
 )
 
 

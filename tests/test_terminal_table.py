@@ -7,7 +7,7 @@ import shlex
 import pytest
 from msgspec import structs
 
-from pytest_zimage.reports.results import UpdateRow
+from pytest_zimage.baselines.update import UpdateResult
 from pytest_zimage.reports.table import update_table, verdict_table
 from pytest_zimage.verdict.model import Verdict
 
@@ -152,11 +152,24 @@ def test_tables_survive_any_terminal_encoding():
 
 
 UPDATES = [
-    UpdateRow(variant="bf16", metric="warm_latency", unit="s", old=7.55, new=7.20),
-    UpdateRow(variant="bf16", metric="linears", unit="count", old={"plain": 3, "cast": 1}, new={"plain": 4}),
-    UpdateRow(variant="nvfp4-fp8e", metric="rss_peak", unit="bytes", old=None, new=3e9),
-    UpdateRow(
-        variant="nvfp4", metric="rss_peak", unit="bytes", old=2e9, new=3e9, refused="the measurement was injected"
+    UpdateResult(variant="bf16", metric="warm_latency", unit="s", action="recorded", old=7.55, new=7.20),
+    UpdateResult(
+        variant="bf16",
+        metric="linears",
+        unit="count",
+        action="recorded",
+        old={"plain": 3, "cast": 1},
+        new={"plain": 4},
+    ),
+    UpdateResult(variant="nvfp4-fp8e", metric="rss_peak", unit="bytes", action="recorded", old=None, new=3e9),
+    UpdateResult(
+        variant="nvfp4",
+        metric="rss_peak",
+        unit="bytes",
+        action="refused",
+        old=2e9,
+        new=3e9,
+        reason="the measurement was injected",
     ),
 ]
 
@@ -172,5 +185,5 @@ def test_update_table_shows_old_to_new_and_every_refusal():
 
 
 def test_update_table_never_cuts_a_reason():
-    row = structs.replace(UPDATES[3], refused="because " * 30 + "so")
+    row = structs.replace(UPDATES[3], reason="because " * 30 + "so")
     assert update_table([row]).splitlines()[1].endswith("so")

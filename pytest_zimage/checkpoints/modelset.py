@@ -73,7 +73,10 @@ class ModelSet:
     def ensure(
         self, files: Iterable[str] | None = None, *, device: str = "cpu", say: Callable[[str], None] = lambda line: None
     ) -> list[str]:
-        """Have `files` (names; None: all) of a managed set written and sound; see `ensure_model_set`. Others: nothing."""
+        """Have `files` (names; None: all) of a managed set written and sound; nothing to do for others.
+
+        Returns notes and raises errors as `ensure_model_set`.
+        """
         if not self.managed:
             return []
         return ensure_model_set(self.name, self.dims, self.root, files, device=device, say=say)

@@ -35,7 +35,9 @@ class RunPlan:
     files: dict[Role, Path]
     tokenizer: Path
     device: str
-    """A torch device: `cpu` or `cuda:0`."""
+    """A torch device: `cpu`, or `cuda:0` with only that GPU visible."""
+    gpu: str
+    """NVML's UUID of the GPU; empty on the CPU. CUDA and NVML may count devices in different orders, so this names it."""
     index: int
     """0 for the session's first run of the variant."""
     rounds: int

@@ -45,8 +45,12 @@ class WorkerClient:
         *,
         timeout_s: float,
         progress: ReportProgress,
+        gpu: str = "",
     ) -> None:
-        """`what` names the worker in messages ("worker of nvfp4, run 1"); raises `EngineError` if it cannot start."""
+        """`what` names the worker in messages ("worker of nvfp4, run 1"); `gpu` is the UUID of the only GPU it may see.
+
+        Raises `EngineError` if it cannot start.
+        """
         self._what = what
         self._log = log
         self._timeout_s = timeout_s
@@ -61,6 +65,7 @@ class WorkerClient:
                     stderr=stderr,
                     start_new_session=True,
                     bufsize=0,
+                    env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else None,
                 )
             except OSError as error:
                 raise EngineError(

@@ -27,7 +27,7 @@ class LocalEngine(Engine):
         files = sorted(set(plan.files.values()))
         what = f"worker of {plan.variant.name}, run {plan.index + 1}"
         command = worker_command(plan.device)
-        with WorkerClient(what, plan.log, command, timeout_s=plan.timeout_s, progress=progress) as worker:
+        with WorkerClient(what, plan.log, command, timeout_s=plan.timeout_s, progress=progress, gpu=plan.gpu) as worker:
             # Emptied after the packages are imported: importing takes seconds in which something may read the files.
             hello = _expect(Hello, worker.receive("import"))
             cache = pagecache.empty(files)

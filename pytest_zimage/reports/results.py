@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct, structs
 
+from pytest_zimage.baselines.update import UpdateResult
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import ZImageError
 from pytest_zimage.verdict.model import Verdict
@@ -35,18 +36,6 @@ class ErrorRow(Struct, frozen=True, kw_only=True):
     mend: str = ""
 
 
-class UpdateRow(Struct, frozen=True, kw_only=True):
-    """What `--update-baselines` did, or refused to do, with one metric."""
-
-    variant: str
-    metric: str
-    unit: str
-    old: float | dict[str, int] | None
-    new: float | dict[str, int] | None
-    refused: str = ""
-    """Why the old baseline stayed; empty where it was replaced."""
-
-
 class Results(Struct, frozen=True, kw_only=True):
     """Everything one session concluded, and from what."""
 
@@ -62,7 +51,7 @@ class Results(Struct, frozen=True, kw_only=True):
     errors: tuple[ErrorRow, ...] = ()
     runs: tuple[RunRecord, ...] = ()
     """Every run, as it was observed."""
-    updates: tuple[UpdateRow, ...] = ()
+    updates: tuple[UpdateResult, ...] = ()
 
 
 def to_json(results: Results) -> bytes:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from pytest_zimage.baselines.update import UpdateResult
 from pytest_zimage.reports import commands, units
-from pytest_zimage.reports.results import UpdateRow
 from pytest_zimage.verdict.model import Outcome, Verdict
 
 _MARKS: dict[Outcome, str] = {
@@ -74,30 +74,32 @@ def next_line(verdicts: Sequence[Verdict], options: Sequence[str] = ()) -> str:
     return "next: nothing to do, every verdict is a pass"
 
 
-def update_table(rows: Sequence[UpdateRow], *, width: int = _MIN_WIDTH) -> str:
+def update_table(rows: Sequence[UpdateResult], *, width: int = _MIN_WIDTH) -> str:
     """What an update changed, old -> new, a line per variant and metric; a refusal gives its reason instead."""
     if not rows:
         return "no baselines updated: nothing was measured"
     cells = [
         {
-            "variant": f"{'!' if row.refused else ' '} {row.variant}",
+            "variant": f"{'!' if row.action == 'refused' else ' '} {row.variant}",
             "metric": row.metric,
             "old": _short(row.old, row.unit),
             "new": _short(row.new, row.unit),
-            "": f"refused: {row.refused}" if row.refused else _update_change(row),
+            "": _update_change(row),
         }
         for row in rows
     ]
-    done, refused = sum(not row.refused for row in rows), sum(bool(row.refused) for row in rows)
+    counts = Counter(row.action for row in rows)
     lines = _fitted(list(cells[0]), cells, max(width, _MIN_WIDTH), keep_last=True)
-    return "\n".join([*lines, "", f"{done} recorded" + (f", {refused} refused" if refused else "")])
+    return "\n".join([*lines, "", ", ".join(f"{count} {action}" for action, count in counts.items())])
 
 
 def _fitted(names: list[str], rows: Sequence[Mapping[str, str]], width: int, *, keep_last: bool = False) -> list[str]:
     """Header and rows, columns dropped until they fit; `keep_last` lets the last column run over the edge."""
 
+    header = {name: "  variant" if name == "variant" else name for name in names}
+
     def wide(name: str) -> int:
-        return max(len(name), *(len(row[name]) for row in rows))
+        return max(len(row[name]) for row in (header, *rows))
 
     for dropped in _DROPPED_FIRST:
         if sum(wide(name) + len(_GAP) for name in names) - len(_GAP) <= width:
@@ -109,7 +111,6 @@ def _fitted(names: list[str], rows: Sequence[Mapping[str, str]], width: int, *, 
         over = sum(widths.values()) + len(_GAP) * (len(names) - 1) - width
         if over > 0:
             widths["variant"] = max(widths["variant"] - over, 8)
-    header = {name: "  variant" if name == "variant" else name for name in names}
     lines = []
     for row in (header, *rows):
         cells = [_cut(row[name], widths[name]) for name in names]
@@ -139,14 +140,16 @@ def _change(verdict: Verdict) -> str:
     return units.percent(verdict.change)
 
 
-def _update_change(row: UpdateRow) -> str:
-    if row.old is None:
+def _update_change(row: UpdateResult) -> str:
+    if row.action == "refused":
+        return f"refused: {row.reason} ({row.mend})" if row.mend else f"refused: {row.reason}"
+    if row.action in ("kept", "unchanged"):
+        return f"{row.action}: {row.reason}" if row.reason else row.action
+    if row.old is None or row.new is None:
         return "first"
     if isinstance(row.old, Mapping) or isinstance(row.new, Mapping):
         return "; ".join(units.differences(row.old, row.new, row.unit)) or "the same"
-    if row.new is None:
-        return "removed"
-    return units.percent(row.new / row.old - 1) if row.old else units.exact(row.new, row.unit)
+    return units.percent(row.new / row.old - 1)
 
 
 _COLUMNS: dict[str, Callable[[Verdict], str]] = {

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit  # type: ignore[import-untyped]
+from scipy.special import stdtrit
 
 from pytest_zimage.verdict.constants import ALPHA_FAIL, ALPHA_PASS, MDE_POWER, MDE_RUNS, PRIOR_DOF, TRIM, RuleConstants
 

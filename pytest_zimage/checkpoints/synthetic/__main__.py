@@ -45,12 +45,14 @@ def _run(options: argparse.Namespace, dims: ModelDims) -> None:
             _, tensors, size = plan.header()
             print(f"{plan.path}: {len(tensors)} tensors, {size} bytes")
         return
-    import torch
-
-    from pytest_zimage.checkpoints.synthetic.build import build_model_set
 
     def say(line: str) -> None:
         print(line, flush=True)
+
+    say(f"{options.name}: starting its writer")
+    import torch
+
+    from pytest_zimage.checkpoints.synthetic.build import build_model_set
 
     build_model_set(options.name, dims, options.out, options.files, device=torch.device(options.device), say=say)
 

@@ -93,7 +93,7 @@ def encode(storage: Storage, name: str, weight: torch.Tensor) -> dict[str, torch
 
 
 def _fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from comfy_kitchen.tensor import QuantizedTensor  # type: ignore[import-untyped]
+    from comfy_kitchen.tensor import QuantizedTensor
 
     held = QuantizedTensor.from_float(weight, "TensorCoreFP8Layout")
     return held._qdata, held._params.scale
