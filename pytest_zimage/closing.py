@@ -41,15 +41,23 @@ def finish(session: pytest.Session, ours: ZImageSession) -> None:
         return
     if not (part.verdicts or part.errors or part.runs):
         return
-    stamp = ours.started_at.strftime("%Y%m%d-%H%M%S")
-    ours.results_path = ours.settings.results or ours.settings.work / "results" / f"{ours.folder.name or stamp}.json"
-    try:
-        results_file.write(ours.results_path, part)
-    except ZImageError as error:
-        ours.closing_error = error
-        if session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    _write_results(ours, part)
+    if ours.closing_error is not None and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     prune_sessions(ours.folder)
+
+
+def _write_results(ours: ZImageSession, part: Results) -> None:
+    """Where it was asked for, or else where it is by default: hours of measuring must not be lost to a typing error."""
+    default = ours.settings.work / "results" / f"{ours.folder.name}.json"
+    for path in dict.fromkeys([ours.settings.results or default, default]):
+        try:
+            results_file.write(path, part)
+        except ZImageError as error:
+            ours.closing_error = ours.closing_error or error
+        else:
+            ours.results_path = path
+            return
 
 
 def merge(ours: ZImageSession, found: str) -> None:
@@ -66,13 +74,22 @@ def summarise(reporter: pytest.TerminalReporter, ours: ZImageSession) -> None:
     if ours.updates:
         reporter.section("zimage baselines")
         reporter.write_line(update_table(ours.updates, width=width))
-    if ours.verdicts:
+        for folder in _written(ours):
+            reporter.write_line(f"written to {folder}")
+    elif ours.verdicts:
         reporter.section("zimage verdicts")
         reporter.write_line(verdict_table(ours.verdicts, width=width, options=ours.repeated_options))
     if ours.closing_error is not None:
         reporter.write_line(f"ERROR: {ours.closing_error}", red=True)
-    elif ours.results_path is not None:
+    if ours.results_path is not None:
         reporter.write_line(f"results: {ours.results_path}")
+
+
+def _written(ours: ZImageSession) -> list[str]:
+    """The folders in which baselines changed."""
+    changed = [row for row in ours.updates if row.action in ("recorded", "extended")]
+    paths = [ours.store.locate(ours.key(ours.catalog.variant(row.variant)), row.metric)[1] for row in changed]
+    return sorted({str(path.parent) for path in paths})
 
 
 def _part(ours: ZImageSession) -> Results:

@@ -13,7 +13,7 @@ _PARAMETER = "zimage_variant"
 
 
 def check_settings(config: pytest.Config) -> None:
-    """Raise `pytest.UsageError` for options that cannot work, before anything is collected."""
+    """Raise `pytest.UsageError` for options, ini values or a model folder that cannot work."""
     session = start(config)
     try:
         session.variants()
@@ -28,14 +28,19 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     if any(_PARAMETER in str(mark.args[:1]) for mark in metafunc.definition.iter_markers("parametrize")):
         return
     try:
-        session = start(metafunc.config)
-        lane = session.machine.device_class.name
-        variants = session.variants()
-    except ZImageError as error:
-        raise pytest.UsageError(str(error)) from error
+        check_settings(metafunc.config)
+    except pytest.UsageError:
+        # Raised here it would read as a traceback of the test file; `check_collection` stops with it.
+        metafunc.parametrize(_PARAMETER, ["?"], indirect=True, scope="session")
+        return
+    session = start(metafunc.config)
+    lane = session.machine.device_class.name
+    if not any(line.partition(":")[0] == lane for line in metafunc.config.getini("markers")):
+        # A device that no table of an ini value names is a lane all the same, and --strict-markers must know it.
+        metafunc.config.addinivalue_line("markers", f"{lane}: zimage lane: runs on {session.machine.name}")
     together = metafunc.config.pluginmanager.hasplugin("xdist")
     params = []
-    for variant in variants:
+    for variant in session.variants():
         marks = [getattr(pytest.mark, lane)]
         if together:
             marks.append(pytest.mark.xdist_group(variant.name))
@@ -43,10 +48,11 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(_PARAMETER, params, indirect=True, scope="session")
 
 
-def check_lanes(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Stop with a usage error if `-m` asks for the suite on a machine that this is not."""
-    session = start(config)
+def check_collection(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Stop with a usage error if the suite cannot work as asked, or `-m` asks for it on a machine that this is not."""
     try:
+        check_settings(config)
+        session = start(config)
         lanes.check_expression(config.option.markexpr, session.catalog.devices, session.machine.device_class.name)
     except pytest.UsageError as error:
         refuse_collection(config, items, error)

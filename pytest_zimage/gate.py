@@ -9,9 +9,9 @@ import pytest
 from pytest_zimage.baselines.store import Found
 from pytest_zimage.catalog import Variant, Workload
 from pytest_zimage.engines.record import RunRecord
-from pytest_zimage.errors import BaselineError
+from pytest_zimage.errors import BaselineError, ZImageError
 from pytest_zimage.judging import judge_metric
-from pytest_zimage.recording import record_metrics
+from pytest_zimage.recording import REFUSED, record_metrics
 from pytest_zimage.reports.benchmark_bridge import replay
 from pytest_zimage.reports.delta import delta_text, headline
 from pytest_zimage.session import ZImageSession
@@ -114,17 +114,26 @@ class ZImage:
             raise TypeError("gate() needs at least one measurement, for example zimage.warm_latency()")
         names = tuple(measurement.metric for measurement in measurements)
         test = self._request.node.nodeid
+        verdicts: list[Verdict] = []
+        errors: list[ZImageError] = []
         if self._session.settings.update_baselines:
             verdicts = record_metrics(self._session, test, self.variant, names)
         else:
-            verdicts = [judge_metric(self._session, test, self.variant, name) for name in names]
+            for name in names:
+                try:
+                    verdicts.append(judge_metric(self._session, test, self.variant, name))
+                except ZImageError as error:  # the other metrics are judged all the same
+                    errors.append(error)
         self._session.verdicts.extend(verdicts)
-        self._conclude(verdicts)
+        self._conclude(verdicts, errors)
 
-    def _conclude(self, verdicts: list[Verdict]) -> None:
+    def _conclude(self, verdicts: list[Verdict], errors: list[ZImageError]) -> None:
         strict = self._session.settings.strict
         failed = [v for v in verdicts if v.outcome in ("regression", "changed", "error")]
         unjudged = [v for v in verdicts if v.outcome in ("no-baseline", "inconclusive", "unfit")]
+        if errors:
+            told = dict.fromkeys([*(self._text(verdict) for verdict in failed), *map(str, errors)])
+            raise errors[0] if len(told) == 1 else type(errors[0])("\n\n".join(told))
         if failed or (strict and unjudged):
             pytest.fail("\n\n".join(self._text(verdict) for verdict in verdicts), pytrace=False)
         if unjudged:
@@ -132,6 +141,10 @@ class ZImage:
             pytest.skip(f"zimage {first.verdict}: {headline(first, self._title(first))}")
 
     def _text(self, verdict: Verdict) -> str:
+        if verdict.verdict == REFUSED:
+            kept = "the stored one is as it was" if verdict.baseline is not None else "nothing was stored"
+            first = f"{verdict.variant} {self._title(verdict)}: baseline {REFUSED}, {kept}"
+            return "\n  ".join([first, *verdict.notes])
         return delta_text(verdict, self._title(verdict), self._session.repeated_options)
 
     def _title(self, verdict: Verdict) -> str:

@@ -9,7 +9,7 @@ import pytest
 from pytest_zimage.baselines.store import Absent
 from pytest_zimage.baselines.update import centre
 from pytest_zimage.catalog import Role, Variant
-from pytest_zimage.errors import BaselineError, ZImageError
+from pytest_zimage.errors import BaselineError, MissingFileError, ZImageError
 from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession, start
 
@@ -38,6 +38,7 @@ def _lines(session: ZImageSession) -> Iterator[str]:
         yield f"    rough time    {_rough_time(session, variant)}"
         for role, file_name in variant.files().items():
             yield f"    {role:13} {_found(session, role, file_name)}"
+        yield f"    tokenizer     {_found_tokenizer(session)}"
 
 
 def _found(session: ZImageSession, role: Role, file_name: str) -> str:
@@ -46,8 +47,20 @@ def _found(session: ZImageSession, role: Role, file_name: str) -> str:
     except ZImageError as error:
         if session.model_set.managed:
             return f"{file_name}: written when a run first needs it"
-        return f"{file_name}: MISSING: {error.message}\n{'':18}{error.mend}"
+        return f"{file_name}: {_wrong(error)}"
     return f"{file_name}: found, {units.quantity(path.stat().st_size, 'bytes')}: {path}"
+
+
+def _found_tokenizer(session: ZImageSession) -> str:
+    try:
+        return f"found: {session.model_set.find_tokenizer()}"
+    except ZImageError as error:
+        return "written when a run first needs it" if session.model_set.managed else _wrong(error)
+
+
+def _wrong(error: ZImageError) -> str:
+    word = "MISSING" if isinstance(error, MissingFileError) else "UNUSABLE"
+    return f"{word}: {error.message}\n{'':18}{error.mend}"
 
 
 def _rough_time(session: ZImageSession, variant: Variant) -> str:

@@ -61,7 +61,7 @@ class Settings:
         return self.runs if self.runs is not None else (5 if self.update_baselines else 1)
 
 
-def _positive_int(option: str, text: str) -> int:
+def _positive_int(option: str, text: str, base: Path) -> int:
     try:
         value = int(text)
     except ValueError:
@@ -71,7 +71,7 @@ def _positive_int(option: str, text: str) -> int:
     return value
 
 
-def _seconds(option: str, text: str) -> float:
+def _seconds(option: str, text: str, base: Path) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -81,7 +81,7 @@ def _seconds(option: str, text: str) -> float:
     return value
 
 
-def _injection(option: str, text: str) -> tuple[str, float]:
+def _injection(option: str, text: str, base: Path) -> tuple[str, float]:
     metric, _, amount = text.partition("=")
     match = _AMOUNT.fullmatch(amount.strip())
     known = {"warm_latency": "%", "cold_load": "%", "memory": "B"}
@@ -93,14 +93,21 @@ def _injection(option: str, text: str) -> tuple[str, float]:
     return metric, number / 100 if match[2] == "%" else number * _BYTES[match[2]]
 
 
-def _text(option: str, text: str) -> str:
+def _text(option: str, text: str, base: Path) -> str:
     if not text.strip():
         raise pytest.UsageError(f"{option}: must not be empty")
     return text.strip()
 
 
-def _path(option: str, text: str) -> Path:
-    return Path(_text(option, text)).expanduser()
+def _path(option: str, text: str, base: Path) -> Path:
+    return base / Path(_text(option, text, base)).expanduser()
+
+
+def _models(option: str, text: str, base: Path) -> str:
+    """A folder by its whole path; what is no folder stays a name."""
+    name = _text(option, text, base)
+    folder = base / Path(name).expanduser()
+    return str(folder) if "/" in name or (folder.is_dir() and not name.startswith("synthetic-")) else name
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,8 @@ class Option:
 
     name: str
     help: str
-    read: Callable[[str, str], Any] = _text
+    read: Callable[[str, str, Path], Any] = _text
+    """Option, text, and the folder that a path in it starts from."""
     metavar: str | None = None
     default: str | None = None
     many: bool = False
@@ -142,7 +150,8 @@ OPTIONS: tuple[Option, ...] = (
         "models",
         "where the weights are: a folder in ComfyUI's layout, synthetic-tiny or synthetic-full"
         " (default: $ZIMAGE_MODELS if set, else synthetic-tiny)",
-        metavar="DIR|NAME",
+        _models,
+        "DIR|NAME",
     ),
     Option("tokenizer", "folder of the text encoder's tokenizer, if the model folder has none", _path, "DIR"),
     Option("workload", "what is drawn (default: turbo-tiny on synthetic-tiny, else turbo-1024)", metavar="NAME"),
@@ -233,17 +242,18 @@ def read_settings(config: pytest.Config) -> Settings:
         raise pytest.UsageError(
             "--update-baselines refuses --zimage-inject: an injected fault must never become a baseline"
         )
+    _refuse_folder_taken_for_tests(config)
     root = config.rootpath
     renamed = {
-        "models": values.pop("zimage_models") or os.environ.get("ZIMAGE_MODELS") or "synthetic-tiny",
+        "models": values.pop("zimage_models") or _models_of_environment() or "synthetic-tiny",
         "update_baselines": values.pop("update_baselines"),
         "update_reason": values.pop("update_reason") or "",
         "update_mode": values.pop("update_mode"),
-        "baselines": root / (values.pop("zimage_baselines") or "baselines"),
+        "baselines": values.pop("zimage_baselines") or root / "baselines",
         "local_baselines": root / ".zimage" / "baselines",
-        "cache": values.pop("zimage_cache") or _user_cache(),
+        "cache": values.pop("zimage_cache") or user_cache(),
         "timeout_s": values.pop("zimage_timeout"),
-        "catalog": tuple(root / path for path in values.pop("zimage_catalog")),
+        "catalog": values.pop("zimage_catalog"),
         "rootdir": root,
     }
     rest = {dest.removeprefix("zimage_"): value for dest, value in values.items()}
@@ -254,24 +264,48 @@ def read_settings(config: pytest.Config) -> Settings:
 
 def _value(config: pytest.Config, row: Option) -> Any:
     raw = config.getoption(row.dest, None)
-    source = row.option
+    source, base = row.option, config.invocation_params.dir
     if raw is None:
         raw = config.getini(row.ini)
-        source = f"{row.ini} (ini)"
+        source, base = f"{row.ini} (ini)", config.rootpath
     if row.flag:
         return bool(raw)
     if row.many:
         items = [part for item in (raw or ()) for part in item.split(",") if part.strip()]
-        return tuple(row.read(source, item.strip()) for item in items)
+        return tuple(row.read(source, item.strip(), base) for item in items)
     if raw is None or raw == "":
         raw = row.default if raw is None or source.endswith("(ini)") else raw
     if raw is None:
         return None
     if row.choices and raw not in row.choices:
         raise pytest.UsageError(f"{source} {raw}: choose from {', '.join(row.choices)}")
-    return row.read(source, raw)
+    return row.read(source, raw, base)
 
 
-def _user_cache() -> Path:
+def _models_of_environment() -> str:
+    text = os.environ.get("ZIMAGE_MODELS", "")
+    return _models("ZIMAGE_MODELS", text, Path.cwd()) if text.strip() else ""
+
+
+def _refuse_folder_taken_for_tests(config: pytest.Config) -> None:
+    """pytest looks for its ini file before it knows our options, and takes a folder after a space for one of tests.
+
+    Where that made it settle elsewhere, the ini values would be lost and results land in a stranger's folder.
+    """
+    root, here = config.rootpath, config.invocation_params.dir
+    targets = [here, *((here / argument.partition("::")[0]).resolve() for argument in config.args)]
+    if any(target.is_relative_to(root) for target in targets):
+        return
+    for row in OPTIONS:
+        value = config.getoption(row.dest, None)
+        for text in value if isinstance(value, list) else [value]:
+            if text in config.invocation_params.args and (here / text).is_relative_to(root):
+                raise pytest.UsageError(
+                    f"pytest took {text} for a folder of tests and looked for its ini file there: write"
+                    f" {row.option}={text}"
+                )
+
+
+def user_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "pytest-zimage"

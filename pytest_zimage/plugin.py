@@ -61,9 +61,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if any("zimage_variant" in getattr(item, "fixturenames", ()) for item in items):
-        from pytest_zimage.collect import check_lanes
+        from pytest_zimage.collect import check_collection
 
-        check_lanes(config, items)
+        check_collection(config, items)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,6 +10,9 @@ from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.metrics import take
 from pytest_zimage.verdict.model import Verdict
 
+REFUSED = "REFUSED"
+"""The word of a verdict whose metric was not recorded."""
+
 
 def record_metrics(session: ZImageSession, test: str, variant: Variant, metrics: tuple[str, ...]) -> list[Verdict]:
     """Measure, record, and say what became of each metric. Raises a `ZImageError` if a run fails."""
@@ -51,13 +54,14 @@ def _measured(session: ZImageSession, variant: Variant, metrics: tuple[str, ...]
 def _verdict(test: str, measured: Measured, result: UpdateResult) -> Verdict:
     refused = result.action == "refused"
     old, new = result.old, result.new
-    samples = [take(result.metric, run).rounds for run in measured.runs]
+    # What was refused may be a sample that cannot be taken.
+    samples = [] if refused else [take(result.metric, run).rounds for run in measured.runs]
     return Verdict(
         test=test,
         variant=result.variant,
         metric=result.metric,
         unit=result.unit,
-        verdict=result.action.upper(),
+        verdict=REFUSED if refused else result.action.upper(),
         outcome="error" if refused else "pass",
         value=new,
         baseline=old,

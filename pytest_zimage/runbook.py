@@ -18,7 +18,7 @@ from msgspec import Struct, json
 from pytest_zimage import errors
 from pytest_zimage.engines.base import ReportProgress
 from pytest_zimage.engines.record import RunRecord
-from pytest_zimage.errors import ZImageError
+from pytest_zimage.errors import EngineError, ZImageError
 
 
 class StoredError(Struct, frozen=True):
@@ -50,9 +50,13 @@ class RunBook:
                         _write(path, measure().to_json())
                     except ZImageError as error:
                         _write(failed, json.encode(StoredError(type(error).__name__, error.message, error.mend)))
+                    except Exception as error:  # a fault of an engine's own code: told once with its traceback
+                        text = f"run {index + 1} of {variant} ended with {type(error).__name__}: {error}"
+                        mend = "the first failing test of this variant has the traceback"
+                        _write(failed, json.encode(StoredError(EngineError.__name__, text, mend)))
+                        raise
         if failed.exists():
-            stored = json.decode(failed.read_bytes(), type=StoredError)
-            raise getattr(errors, stored.kind)(stored.message, mend=stored.mend)
+            raise _read_error(failed)
         return RunRecord.from_json(path.read_bytes())
 
     def recorded(self, variant: str) -> list[RunRecord]:
@@ -76,6 +80,14 @@ class RunBook:
                 progress("waiting for the device, which another process is timing on", 0, 0)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _read_error(path: Path) -> ZImageError:
+    stored = json.decode(path.read_bytes(), type=StoredError)
+    kind = getattr(errors, stored.kind, None)
+    if isinstance(kind, type) and issubclass(kind, ZImageError):
+        return kind(stored.message, mend=stored.mend)
+    return EngineError(f"{stored.kind}: {stored.message}", mend=stored.mend)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -21,11 +21,11 @@ from pytest_zimage.baselines.schema import Key
 from pytest_zimage.baselines.store import BaselineStore
 from pytest_zimage.catalog import Catalog, Variant, Workload, load_catalog
 from pytest_zimage.checkpoints.modelset import ModelSet, file_fingerprint, open_model_set
-from pytest_zimage.checkpoints.synthetic import ensure_model_set
 from pytest_zimage.engines.base import Engine, EngineFactory, ReportProgress, RunPlan
 from pytest_zimage.engines.protocol import Injection
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import CatalogError, ZImageError
+from pytest_zimage.liveline import LiveLine, can_redraw
 from pytest_zimage.options import Settings, read_settings, repeated_options
 from pytest_zimage.probes.device import Machine, detect
 from pytest_zimage.probes.environment import machine_fingerprint, memory_total_bytes, session_environment
@@ -122,13 +122,7 @@ class ZImageSession:
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         if is_worker(self.config) or reporter is None:
             return Progress(lambda text: None, is_tty=False)
-
-        def write(text: str) -> None:
-            if not text.startswith("\r"):
-                reporter.ensure_newline()
-            reporter.write(text, flush=True)
-
-        return Progress(write, reporter.isatty, width=lambda: shutil.get_terminal_size().columns)
+        return Progress(LiveLine(reporter), can_redraw(reporter), width=lambda: shutil.get_terminal_size().columns)
 
     @cached_property
     def injection(self) -> Injection:
@@ -184,15 +178,11 @@ class ZImageSession:
 
     def _plan(self, variant: Variant, index: int, progress: ReportProgress) -> RunPlan:
         model_set = self.model_set
-        if model_set.managed:
-            ensure_model_set(
-                model_set.name,
-                model_set.dims,
-                model_set.root,
-                variant.files().values(),
-                device=self.machine.torch_device,
-                say=lambda line: progress(f"writing {model_set.name}: {line}", 0, 0),
-            )
+        model_set.ensure(
+            variant.files().values(),
+            device=self.machine.torch_device,
+            say=lambda line: progress(f"writing {model_set.name}: {line}", 0, 0),
+        )
         files = model_set.files(variant)
         return RunPlan(
             variant=variant,

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from pytest_zimage.options import _user_cache
+from pytest_zimage.options import user_cache
 
 HERE = Path(__file__).parent
 
 # Read before pytester moves HOME, so that the tiny checkpoints are written once and not once per test.
-CACHE = _user_cache()
+CACHE = user_cache()
 
 SUITE = """
 def test_warm_latency(zimage):

@@ -1,4 +1,4 @@
-"""The in-worker engine: same seed, same pixels; times that add up; faults that really slow it; images that are images."""
+"""The in-worker engine: same seed, same pixels; times that add up; faults that really slow; images that are images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pytest_zimage.engines.clock import DeviceClock
 from pytest_zimage.engines.diffusers_engine import DiffusersEngine
 from pytest_zimage.engines.protocol import Draw, Injection, Load, encode
 from pytest_zimage.errors import EngineError, MeasurementError, UnsupportedError
-from pytest_zimage.options import _user_cache
+from pytest_zimage.options import user_cache
 
 CATALOG = load_catalog()
 DIMS = CATALOG.models["synthetic-tiny"]
@@ -29,7 +29,7 @@ DIMS = CATALOG.models["synthetic-tiny"]
 
 @pytest.fixture(scope="module")
 def root() -> Path:
-    folder = _user_cache() / "synthetic-tiny"
+    folder = user_cache() / "synthetic-tiny"
     ensure_model_set("synthetic-tiny", DIMS, folder)
     return folder
 
@@ -144,6 +144,16 @@ def test_progress_is_told_between_images_only(engine, monkeypatch) -> None:
     monkeypatch.setattr(DeviceClock, "stop", lambda self: (running.clear(), stop(self))[1])
     engine().draw(Draw(2), lambda *said: told.append((said, bool(running))))
     assert told == [(("image", done, 2), False) for done in range(3)]
+
+
+def test_every_forward_runs_under_inference_mode(engine) -> None:
+    """Under `no_grad` comfy-kitchen silently dequantises an NVFP4 layer that has a bias."""
+    loaded = engine()
+    pipeline, modes = loaded._loaded._pipeline, []
+    for network in (pipeline.transformer, pipeline.text_encoder, pipeline.vae.decoder):
+        network.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    loaded.draw(Draw(1), silent)
+    assert modes == [True] * 10
 
 
 # ---- refusals -------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from pytest_zimage.checkpoints.formats import QuantisedLayer
 from pytest_zimage.checkpoints.header import TensorInfo
@@ -195,6 +195,12 @@ def test_native_formats_follow_the_compute_capability(monkeypatch, capability, n
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     device = torch.device("cuda", 0)
     assert [f for f in ("float8_e4m3fn", "nvfp4", "mxfp8") if multiplies_natively(f, device)] == native
+
+
+def test_release_without_the_layout_is_named(monkeypatch) -> None:
+    monkeypatch.setitem(LAYOUTS, "mxfp8", "NoSuchLayout")
+    with pytest.raises(UnsupportedError, match=r"comfy-kitchen .* 'NoSuchLayout' .* 'mxfp8'"):
+        multiplies_natively("mxfp8", torch.device("cuda", 0))
 
 
 # ---- weights --------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""From files to modules: every variant, every weight in its place, and one clear error for each thing wrong with a file."""
+"""From files to modules: every weight in its place, and one clear error for each thing wrong with a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pytest_zimage.checkpoints.reader import TensorReader
 from pytest_zimage.checkpoints.synthetic.ensure import ensure_model_set
 from pytest_zimage.engines.sampler import build_scheduler
 from pytest_zimage.errors import CheckpointError, MissingFileError, UnsupportedError
-from pytest_zimage.options import _user_cache
+from pytest_zimage.options import user_cache
 
 CPU = torch.device("cpu")
 CATALOG = load_catalog()
@@ -37,7 +37,7 @@ NVFP4 = "z_image_turbo_nvfp4.safetensors"
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """The tiny set, in the cache that all tests share."""
-    folder = _user_cache() / "synthetic-tiny"
+    folder = user_cache() / "synthetic-tiny"
     ensure_model_set("synthetic-tiny", DIMS, folder)
     return folder
 
@@ -137,6 +137,7 @@ def test_variant_holds_and_computes_as_its_files_say(load, name, compute, held) 
     assert set(loaded.phases_s) == {"read", "build", "to_device"}
     assert not any(tensor.is_meta for tensor in loaded.pipeline.transformer.parameters())
     assert torch.isfinite(latents(loaded)).all()
+    assert any("nvfp4" in note for note in loaded.notes) == ("nvfp4" in name)
 
 
 def test_bytes_held_are_those_of_the_files(load, root) -> None:

@@ -52,6 +52,8 @@ class Assembly:
         self._accept: dict[str, Callable[[torch.Tensor], None]] = {}
         self._scales = ScaleCheck(path)
         self.wanted: list[TensorInfo] = []
+        self.dequantised: set[str] = set()
+        """Formats computed weight-only because the device cannot multiply them."""
         unexpected = []
         for name, tensor in contents.plain.items():
             target = rename(name)
@@ -106,9 +108,9 @@ class Assembly:
             raise self._wrong_shape(layer.tensors["weight"].name, logical_shape(layer), expected)
         for name in targets:
             self._claim(name, layer.tensors["weight"])
-            install_quantised(
-                self._network, name.removesuffix(".weight"), layer, self._path, self._precision, self._device
-            )
+            path = name.removesuffix(".weight")
+            if install_quantised(self._network, path, layer, self._path, self._precision, self._device):
+                self.dequantised.add(layer.format)
         arrived: dict[str, torch.Tensor] = {}
         for suffix, info in layer.tensors.items():
             self._want(info, partial(self._fill_part, targets, layer, (rows, columns), arrived, suffix))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from comfy_kitchen.tensor import QuantizedTensor, get_layout_class  # type: ignore[import-untyped]
+from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from torch import nn
 from torch.nn import functional as F
 

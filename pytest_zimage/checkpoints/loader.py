@@ -67,7 +67,7 @@ def load_pipeline(
     times = _Times()
     transformer = build_transformer(dims, variant, device)
     precision = transformer_precision(variant, device)
-    _fill(transformer, files["transformer"], keymap.transformer_to_diffusers, precision, device, times)
+    dequantised = _fill(transformer, files["transformer"], keymap.transformer_to_diffusers, precision, device, times)
 
     text_encoder = build_text_encoder(dims, device)
     # ComfyUI computes a quantised text encoder weight-only, whatever the device can do.
@@ -93,10 +93,11 @@ def load_pipeline(
         began = time.perf_counter()
         torch.cuda.synchronize(device)
         times.to_device_s += time.perf_counter() - began
+    phases_s = times.phases_s()
     networks = (transformer, text_encoder, vae)
     weight_bytes, tensors = count_weights(networks)
     return LoadedPipeline(
-        pipeline, times.phases_s(), weight_bytes, tensors, count_compute(networks), _notes(variant, device)
+        pipeline, phases_s, weight_bytes, tensors, count_compute(networks), _notes(variant, device, dequantised)
     )
 
 
@@ -112,15 +113,17 @@ def _multiplies_fp8(variant: Variant, device: torch.device) -> bool:
     return variant.weight_dtype == "fp8_e4m3fn_fast" and multiplies_natively("float8_e4m3fn", device)
 
 
-def _notes(variant: Variant, device: torch.device) -> tuple[str, ...]:
+def _notes(variant: Variant, device: torch.device, dequantised: set[str]) -> tuple[str, ...]:
+    notes = [f"{device} does not multiply {format_}: its layers are dequantised" for format_ in sorted(dequantised)]
     if variant.weight_dtype == "fp8_e4m3fn_fast" and not _multiplies_fp8(variant, device):
-        return (f"{device} does not multiply in FP8: {variant.weight_dtype} is computed as a plain cast",)
-    return ()
+        notes.append(f"{device} does not multiply in FP8: {variant.weight_dtype} is computed as a plain cast")
+    return tuple(notes)
 
 
 def _fill(
     network: nn.Module, path: Path, rename: Rename, precision: Precision, device: torch.device, times: _Times
-) -> None:
+) -> set[str]:
+    """Read the file at `path` into `network`; the formats that `device` cannot multiply, and so are dequantised."""
     header = read_header(path)
     with TensorReader(header, device) as reader:
         contents = detect(header, reader.read_bytes)
@@ -136,6 +139,7 @@ def _fill(
         assembly.finish()
         times.read_s += reader.read_s
         times.to_device_s += reader.to_device_s
+        return assembly.dequantised
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -70,15 +70,16 @@ def install_casts(network: nn.Module, held: Mapping[str, torch.dtype], precision
 
 def install_quantised(
     network: nn.Module, path: str, layer: QuantisedLayer, file: Path, precision: Precision, device: torch.device
-) -> None:
+) -> bool:
     """Replace the linear, or FP8 embedding, at `path` by one that holds `layer`.
 
-    Raises `UnsupportedError` for any other module, and where the installed comfy-kitchen lacks the format.
+    Returns whether `layer` is dequantised only because `device` cannot multiply its format. Raises
+    `UnsupportedError` for any other module, and where the installed comfy-kitchen lacks the format.
     """
     module = network.get_submodule(path)
     if isinstance(module, nn.Embedding) and layer.format in ("float8_e4m3fn", "float8_e5m2"):
         network.set_submodule(path, QuantisedEmbedding(module, precision.compute))
-        return
+        return False
     if not isinstance(module, nn.Linear):
         raise UnsupportedError(
             f"{file}: layer {layer.name!r} is quantised to {layer.format} and is no linear",
@@ -87,6 +88,8 @@ def install_quantised(
     kind: type[LinearModule] = WeightOnlyLinear
     # FP8 multiplies E4M3 by E4M3; E5M2 is a storage format.
     asked = precision.quantise_activations and not layer.weight_only and layer.format != "float8_e5m2"
-    if asked and multiplies_natively(layer.format, device):
+    native = asked and multiplies_natively(layer.format, device)
+    if native:
         kind = Int8Linear if layer.format == "int8_tensorwise" else QuantisedActivationsLinear
     network.set_submodule(path, kind(module))
+    return asked and not native

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comfy_kitchen.tensor import QuantizedTensor, get_layout_class  # type: ignore[import-untyped]
+from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 
 from pytest_zimage.checkpoints.formats import Format, QuantisedLayer
 from pytest_zimage.errors import CheckpointError, UnsupportedError

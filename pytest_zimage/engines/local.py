@@ -10,7 +10,7 @@ from pytest_zimage.engines.base import Engine, ReportProgress, RunPlan
 from pytest_zimage.engines.client import WorkerClient, worker_command
 from pytest_zimage.engines.protocol import Draw, Drawn, Hello, Load, Loaded, Reply, Report, Reported, Request
 from pytest_zimage.engines.record import ColdLoad, RunRecord
-from pytest_zimage.errors import EngineError
+from pytest_zimage.errors import EngineError, MeasurementError
 from pytest_zimage.probes import pagecache
 
 Expected = TypeVar("Expected", Hello, Loaded, Drawn, Reported)
@@ -30,6 +30,7 @@ class LocalEngine(Engine):
         with WorkerClient(what, plan.log, command, timeout_s=plan.timeout_s, progress=progress, gpu=plan.gpu) as worker:
             # Emptied after the packages are imported: importing takes seconds in which something may read the files.
             hello = _expect(Hello, worker.receive("import"))
+            _check_device(plan, hello)
             cache = pagecache.empty(files)
             loaded = _expect(Loaded, worker.ask(_load_request(plan), "load"))
             first = _expect(Drawn, worker.ask(Draw(rounds=1, first=True), "first image")).rounds[0]
@@ -59,6 +60,16 @@ class LocalEngine(Engine):
             inject=plan.inject,
             started_at=started_at,
             wall_s=time.monotonic() - begin,
+        )
+
+
+def _check_device(plan: RunPlan, hello: Hello) -> None:
+    """NVML chose the device class and torch draws; if they mean two devices, the numbers would carry a wrong name."""
+    chosen, drawing = plan.environment.get("device", ""), hello.environment.get("device", "")
+    if plan.gpu and chosen != drawing:
+        raise MeasurementError(
+            f"NVML's {plan.gpu} is {chosen!r}, but torch draws on {drawing!r}",
+            mend="check CUDA_VISIBLE_DEVICES, or name the device: --zimage-device cuda:N",
         )
 
 

@@ -1,0 +1,39 @@
+"""Where the progress line goes on a terminal: below pytest's own line, so that its dots stay what they were."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+
+def can_redraw(reporter: pytest.TerminalReporter) -> bool:
+    """Whether the report goes to a terminal that can move its cursor."""
+    return bool(reporter.isatty) and os.environ.get("TERM", "dumb") != "dumb"
+
+
+class LiveLine:
+    """Writes what `Progress` says: text that starts with a carriage return redraws, one that ends with it erases."""
+
+    def __init__(self, reporter: pytest.TerminalReporter) -> None:
+        self._reporter = reporter
+        self._column: int | None = None
+        """Where pytest's own line ends while ours is shown below it."""
+
+    def __call__(self, text: str) -> None:
+        if not text.startswith("\r"):
+            self._reporter.ensure_newline()
+            self._reporter.write(text, flush=True)
+            return
+        writer = self._reporter._tw
+        # Not through the writer itself: it counts columns, and would put pytest's per cent sign in the wrong one.
+        file = writer._file
+        if self._column is None:
+            self._column = writer.width_of_current_line % shutil.get_terminal_size().columns
+            file.write("\n" if self._column else "")
+        file.write(text)
+        if text.endswith("\r"):
+            file.write(f"\x1b[1A\x1b[{self._column}C" if self._column else "")
+            self._column = None
+        file.flush()
