@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PYTEST_ARGS ?=
 
-.PHONY: suites test baselines bench lint env clean
+.PHONY: suites test baselines portable-baselines bench lint env clean
 
 suites: $(STAMP)
 	$(BIN)/python -m pytest suites $(PYTEST_ARGS)
@@ -15,6 +15,12 @@ suites: $(STAMP)
 # OpenMP threads that spin while they wait stall each other on a busy machine.
 test: $(STAMP) lint
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+# Records what is the same on every machine (bytes, tensors, forwards, how linears compute on a CPU), after a change that
+# was meant: make portable-baselines REASON="what changed".
+portable-baselines: $(STAMP)
+	$(BIN)/python -m pytest suites -k "disk or weights or linears or forwards" --zimage-device cpu --zimage-runs 1 \
+	    --update-baselines --update-reason "$(REASON)" $(PYTEST_ARGS)
 
 # Records this machine's timings and memory (five runs a variant), so that later runs are judged against them.
 baselines: $(STAMP)

@@ -3,8 +3,8 @@
     python benchmarks/harness_overhead.py [--pairs 100] [--variant bf16] [--device cpu]
 
 Both sides do the same work (prompt, noise, steps, decoding, pixels) with the same pipeline object, image by image in
-turn, so that a drift of the machine hits both. Two figures: what the clock's marks add to the seconds that are reported,
-and what a round takes from outside, with checks, hashing and a progress line. Exits with 1 if the median of the second is
+turn, so that a drift of the machine hits both. Two figures: what the clock's marks add to the seconds reported, and
+what a round takes from outside, with checks, hashing and a progress line. Exits with 1 if the median of the second is
 above 1 ms + 0.1 % of an image.
 """
 

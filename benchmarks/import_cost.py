@@ -2,8 +2,8 @@
 
     python benchmarks/import_cost.py [--pairs 15]
 
-Runs alternate, so that a drift of the machine hits both sides. Exits with 1 if the median difference of the pairs is above
-the limit, or if the plugin imported something heavy.
+Runs alternate, so that a drift of the machine hits both sides. Exits with 1 if the median difference of the pairs is
+above the limit, or if the plugin imported something heavy.
 """
 
 from __future__ import annotations

@@ -290,19 +290,21 @@ def _models_of_environment() -> str:
 def _refuse_folder_taken_for_tests(config: pytest.Config) -> None:
     """pytest looks for its ini file before it knows our options, and takes a folder after a space for one of tests.
 
-    Where that made it settle elsewhere, the ini values would be lost and results land in a stranger's folder.
+    Where that led it away from here, ini values would be lost and results land in a stranger's folder.
     """
-    root, here = config.rootpath, config.invocation_params.dir
-    targets = [here, *((here / argument.partition("::")[0]).resolve() for argument in config.args)]
-    if any(target.is_relative_to(root) for target in targets):
+    told_where = config.getoption("inifilename", None) or config.getoption("rootdir", None)
+    if told_where or config.args_source is pytest.Config.ArgsSource.ARGS:
+        return
+    here = config.invocation_params.dir
+    if config.rootpath == here if config.inipath is None else here.is_relative_to(config.inipath.parent):
         return
     for row in OPTIONS:
         value = config.getoption(row.dest, None)
         for text in value if isinstance(value, list) else [value]:
-            if text in config.invocation_params.args and (here / text).is_relative_to(root):
+            if text in config.invocation_params.args and (here / text).exists():
                 raise pytest.UsageError(
-                    f"pytest took {text} for a folder of tests and looked for its ini file there: write"
-                    f" {row.option}={text}"
+                    f"pytest took {text} for a folder of tests and looked for its ini file there:"
+                    f" write {row.option}={text}"
                 )
 
 

@@ -1,7 +1,7 @@
 """What the plugin's own tests share.
 
-Two kinds of run: the real worker on the real tiny model where behaviour matters, and a scripted engine where numbers must
-be exact. Both go through pytester, as a user would.
+Two kinds of run: the real worker on the real tiny model where behaviour matters, and a scripted engine where numbers
+must be exact. Both go through pytester, as a user would.
 """
 
 from __future__ import annotations
@@ -10,16 +10,22 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from pytest_zimage.catalog import load_catalog
+from pytest_zimage.checkpoints.synthetic import ensure_model_set, set_dims
 from pytest_zimage.options import user_cache
 
 HERE = Path(__file__).parent
 
 # Read before pytester moves HOME, so that the tiny checkpoints are written once and not once per test.
 CACHE = user_cache()
+
+KEY = "diffusers-synthetic-tiny-turbo-tiny"
+PORTABLE = f"baselines/portable/{KEY}"
+LOCAL = f".zimage/baselines/cpu/{KEY}"
 
 SUITE = """
 def test_warm_latency(zimage):
@@ -33,12 +39,26 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ZIMAGE_MODELS", raising=False)
 
 
+INI = """
+[pytest]
+zimage_cache = {cache}
+zimage_device = cpu
+addopts = -p no:cacheprovider --strict-markers
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The folder of the tiny model set, sound, in the user's cache."""
+    name = "synthetic-tiny"
+    ensure_model_set(name, set_dims(name, load_catalog()), CACHE / name)
+    return CACHE / name
+
+
 @pytest.fixture
 def project(pytester: pytest.Pytester) -> pytest.Pytester:
     """A user's project: one suite test, the shared checkpoint cache, the CPU."""
-    pytester.makeini(
-        f"[pytest]\nzimage_cache = {CACHE}\nzimage_device = cpu\naddopts = -p no:cacheprovider --strict-markers\n"
-    )
+    pytester.makeini(INI.format(cache=CACHE))
     pytester.makepyfile(test_suite=SUITE)
     return pytester
 
@@ -46,13 +66,50 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
 class Script:
     """What the scripted engine will say: per variant a list of runs, the last one repeated.
 
-    A run is `{"rounds": [...], "cold": s, "rss_idle": bytes, "rss_peak": bytes, "emptied": bool, ...}`; an `error` instead
-    of rounds makes the run fail.
+    A run is `{"rounds": [...], "cold": s, "rss_idle": bytes, "rss_peak": bytes, "emptied": bool, ...}`; an `error`
+    instead of rounds makes the run fail.
     """
+
+    QUIET: ClassVar[list[dict[str, Any]]] = [
+        {"rounds": [seconds], "cold": 10 * seconds} for seconds in (1.000, 1.004, 0.997, 1.002, 0.999)
+    ]
+    """Five runs that differ as those of a quiet machine do."""
+    _recorded: ClassVar[dict[str, dict[str, bytes]]] = {}
 
     def __init__(self, project: pytest.Pytester) -> None:
         self.project = project
         self.path = project.path / "script.json"
+
+    def record(self, names: str, runs: list[dict[str, Any]]) -> None:
+        """Make `runs` the baseline of the variants `names`, by the update that a user would make.
+
+        What came of it is kept for the next test that records the same of the same tests.
+        """
+        suite = (self.project.path / "test_suite.py").read_text()
+        key = json.dumps([names, runs, suite])
+        if key not in self._recorded:
+            self(default=runs)
+            done = self.project.runpytest_subprocess(
+                "--zimage-config", names, "--update-baselines", "--update-reason", "first"
+            )
+            assert done.ret == 0, done.stdout.str()
+            (self.project.path / "ran.log").unlink()
+            self._recorded[key] = self.baselines
+        for path, data in self._recorded[key].items():
+            target = self.project.path / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+
+    @property
+    def baselines(self) -> dict[str, bytes]:
+        """Every file of the two folders of baselines, by its path."""
+        root = self.project.path
+        found = [path for folder in (PORTABLE, LOCAL) for path in sorted((root / folder).parent.rglob("*"))]
+        return {str(path.relative_to(root)): path.read_bytes() for path in found if path.is_file()}
+
+    def run(self, names: str, *arguments: str) -> pytest.RunResult:
+        """A session of the variants `names`, as a user would start it."""
+        return self.project.runpytest_subprocess("--zimage-config", names, *arguments)
 
     def __call__(self, **variants: list[dict[str, Any]]) -> None:
         self.path.write_text(json.dumps({name.replace("_", "-"): runs for name, runs in variants.items()}))
@@ -65,8 +122,12 @@ class Script:
 
 
 @pytest.fixture
-def script(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Script:
+def script(project: pytest.Pytester, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
     """A project whose engine is scripted; call it with the runs of each variant."""
+    # A cache of its own, and so a lock of its own: nobody waits for a real measurement beside this.
+    cache = project.mkdir("cache")
+    (cache / "synthetic-tiny").symlink_to(tiny)
+    project.makeini(INI.format(cache=cache))
     monkeypatch.syspath_prepend(str(HERE))
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     project.makeconftest(

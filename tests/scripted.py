@@ -54,7 +54,8 @@ def record(plan: RunPlan, run: dict[str, Any]) -> RunRecord:
         rounds=tuple(
             Round(
                 seconds=seconds * slow,
-                phases_s={"text_encode": 0.1 * seconds, "step_1": 0.7 * seconds * slow, "vae_decode": 0.2 * seconds},
+                phases_s=run.get("phases")
+                or {"text_encode": 0.1 * seconds, "step_1": 0.7 * seconds * slow, "vae_decode": 0.2 * seconds},
                 forwards=run.get("forwards", steps),
                 pixels_sha256="0" * 64,
             )

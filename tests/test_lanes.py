@@ -10,7 +10,8 @@ LANES = ("cpu", "gb10", "h200")
 
 
 @pytest.mark.parametrize(
-    "expression", ["", "cpu", "not gb10", "cpu or gb10", "slow", "cpu and not slow", "slow or gb10", "not (gb10 or h200)"]
+    "expression",
+    ["", "cpu", "not gb10", "cpu or gb10", "slow", "cpu and not slow", "slow or gb10", "not (gb10 or h200)"],
 )
 def test_expressions_that_can_select_here(expression):
     check_expression(expression, LANES, "cpu")

@@ -54,7 +54,7 @@ def test_a_variant_is_one_table_and_no_code(script, results):
         (MINE.replace("steps = 2", 'steps = "two"'), r"\[workloads.small\]: key 'steps': Expected `int`, got `str`"),
         (MINE.replace("width = 64", "width = 60"), r"key 'width': 60 is not a positive multiple of 16"),
         (MINE.replace('"euler"', '"heun"'), r"\[workloads.small\]: key 'sampler': Invalid enum value 'heun'"),
-        (MINE.replace('tags = ["own"]', 'lanes = ["gb11"]'), r"key 'lanes': no device class 'gb11'; did you mean 'gb10'"),
+        (MINE.replace('tags = ["own"]', 'lanes = ["gb11"]'), r"'lanes': no device class 'gb11'; did you mean 'gb10'"),
         ('[devices.my-gpu]\ntitle="t"\n', r"\[devices.my-gpu\]: key 'name': .* cannot be a pytest marker"),
         ('[devices.mygpu]\ntitle="t"\npattern="("\n', r"\[devices.mygpu\]: key 'pattern': not a regular expression"),
     ],

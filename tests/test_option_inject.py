@@ -62,7 +62,9 @@ def test_an_injected_run_never_becomes_a_baseline(script):
     assert script.ran == []
 
 
-@pytest.mark.parametrize("value", ["warm_latency", "warm_latency=5", "latency=+5%", "memory=+5%", "cold_load=-4%", "memory=0MB"])
+@pytest.mark.parametrize(
+    "value", ["warm_latency", "warm_latency=5", "latency=+5%", "memory=+5%", "cold_load=-4%", "memory=0MB"]
+)
 def test_what_cannot_be_injected_is_a_usage_error(script, value):
     result = run(script, "--zimage-inject", value)
     assert result.ret == pytest.ExitCode.USAGE_ERROR

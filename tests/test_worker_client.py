@@ -1,4 +1,4 @@
-"""The client of a worker: a dead, hung or babbling worker is an error with its last words, and nothing is left behind."""
+"""The client of a worker: a dead, hung or babbling one is an error with its last words, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def worker(tmp_path):
 
 
 def test_replies_come_back_typed(worker):
-    client = worker(f"say({encode(HELLO)!r})\nask()\nsay({encode(Progress('rounds', 1, 2))!r})\nsay({encode(Closed())!r})")
+    client = worker(
+        f"say({encode(HELLO)!r})\nask()\nsay({encode(Progress('rounds', 1, 2))!r})\nsay({encode(Closed())!r})"
+    )
     assert client.receive("import") == HELLO
     client.close()
 
@@ -84,9 +86,13 @@ def test_nonsense_is_an_error(worker, line):
 
 
 def test_a_reported_failure_comes_back_as_itself(worker):
-    failure = b'{"type":"Failure","kind":"CheckpointError","message":"x.safetensors: truncated","mend":"fetch it again"}\n'
+    failure = (
+        b'{"type":"Failure","kind":"CheckpointError","message":"x.safetensors: truncated","mend":"fetch it again"}\n'
+    )
     client = worker(f"ask()\nsay({failure!r})\nask()")
-    with pytest.raises(CheckpointError, match=r"worker of nvfp4, run 1: x.safetensors: truncated\n  mend: fetch it again"):
+    with pytest.raises(
+        CheckpointError, match=r"worker of nvfp4, run 1: x.safetensors: truncated\n  mend: fetch it again"
+    ):
         client.ask(Report(), "report")
 
 
@@ -110,7 +116,7 @@ def test_children_of_the_worker_end_with_it(worker, tmp_path):
     client.receive("import")
     child = psutil.Process(int((tmp_path / "child").read_text()))
     client.end()
-    gone, alive = psutil.wait_procs([child], timeout=10)
+    _gone, alive = psutil.wait_procs([child], timeout=10)
     assert not alive or child.status() == psutil.STATUS_ZOMBIE
 
 

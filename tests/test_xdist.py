@@ -28,7 +28,9 @@ NAMES = "bf16,nvfp4,fp8-cast,fp8-scaled"
 def recorded(script):
     script.project.makepyfile(test_suite=SUITE)
     script(default=BASE)
-    done = script.project.runpytest_subprocess("--update-baselines", "--update-reason", "first", "--zimage-config", NAMES)
+    done = script.project.runpytest_subprocess(
+        "--update-baselines", "--update-reason", "first", "--zimage-config", NAMES
+    )
     assert done.ret == 0
     (script.project.path / "ran.log").unlink()
     script(**NOW)

@@ -20,7 +20,13 @@ from pytest_zimage.checkpoints.assembly import Assembly, Rename
 from pytest_zimage.checkpoints.building import build_text_encoder, build_transformer, build_vae, torch_dtype
 from pytest_zimage.checkpoints.formats import detect
 from pytest_zimage.checkpoints.header import read_header
-from pytest_zimage.checkpoints.linears import FP8, LinearModule, QuantisedActivationsLinear, WeightOnlyLinear
+from pytest_zimage.checkpoints.linears import (
+    FP8,
+    FastFp8Linear,
+    LinearModule,
+    QuantisedActivationsLinear,
+    WeightOnlyLinear,
+)
 from pytest_zimage.checkpoints.precision import Precision
 from pytest_zimage.checkpoints.quantised import held_tensors, multiplies_natively, storage_type
 from pytest_zimage.checkpoints.reader import TensorReader
@@ -162,7 +168,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def count_weights(networks: tuple[nn.Module, ...]) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes held and number of weights, by storage type; a weight that two places share counts once.
 
-    The scales of a quantised weight belong to its bytes.
+    The scales of a quantised weight belong to its bytes; what only the multiplication needs (a scale of the
+    activations, a scale of 1) does not, so that the counts are the same on every device.
     """
     sizes: Counter[str] = Counter()
     tensors: Counter[str] = Counter()
@@ -174,19 +181,23 @@ def count_weights(networks: tuple[nn.Module, ...]) -> tuple[dict[str, int], dict
             seen.add(id(parameter))
             kind = storage_type(parameter)
             tensors[kind] += 1
-            sizes[kind] += sum(held.nbytes for held in held_tensors(parameter))
-        if isinstance(module, WeightOnlyLinear | QuantisedActivationsLinear):
-            scales = (module.pre_quant_scale, getattr(module, "input_scale", None))
-            sizes[storage_type(module.weight)] += sum(scale.nbytes for scale in scales if scale is not None)
+            unscaled = isinstance(module, FastFp8Linear) and parameter is module.weight
+            sizes[kind] += held_tensors(parameter)[0].nbytes if unscaled else sum(map(_nbytes, held_tensors(parameter)))
+        if isinstance(module, WeightOnlyLinear | QuantisedActivationsLinear) and module.pre_quant_scale is not None:
+            sizes[storage_type(module.weight)] += module.pre_quant_scale.nbytes
     return dict(sorted(sizes.items())), dict(sorted(tensors.items()))
 
 
 def count_compute(networks: tuple[nn.Module, ...]) -> dict[str, int]:
-    """Number of linears by how they compute."""
+    """Number of linears by how they compute; a way that none takes is not there."""
     kinds = Counter(
         module.compute if isinstance(module, LinearModule) else "plain"
         for network in networks
         for module in network.modules()
         if isinstance(module, nn.Linear | LinearModule)
     )
-    return {kind: kinds[kind] for kind in ("plain", "cast", "weight-only", "quantised-activations")}
+    return dict(sorted(kinds.items()))
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.nbytes

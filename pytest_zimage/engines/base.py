@@ -1,7 +1,7 @@
 """What every engine is: something that turns a plan into the record of one run.
 
-An engine owns its process from start to end: when `run` returns or raises, nothing of it is left. New engines are offered
-by the hook `pytest_zimage_engines`; nothing after this module knows which engine it talks to.
+An engine owns its process from start to end: when `run` returns or raises, nothing of it is left. New engines are
+offered by the hook `pytest_zimage_engines`; nothing after this module knows which engine it talks to.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RunPlan:
     device: str
     """A torch device: `cpu`, or `cuda:0` with only that GPU visible."""
     gpu: str
-    """NVML's UUID of the GPU; empty on the CPU. CUDA and NVML may count devices in different orders, so this names it."""
+    """NVML's UUID of the GPU; empty on the CPU. CUDA and NVML may count devices in different orders."""
     index: int
     """0 for the session's first run of the variant."""
     rounds: int

@@ -33,6 +33,11 @@ class DiffusersEngine:
         self._loaded: _Variant | None = None
         self._ballast: list[torch.Tensor] = []
 
+    @property
+    def pipeline(self) -> Any:
+        """The loaded `ZImagePipeline`. Raises `EngineError` before `load`."""
+        return self._ready().pipeline
+
     def load(self, request: Load) -> Loaded:
         """Read the variant's files and make it ready to draw.
 
@@ -64,20 +69,24 @@ class DiffusersEngine:
         Raises `MeasurementError` for an image that is not what was asked for: NaN or infinite values, another number of
         transformer forwards than the workload's, or a quantised layer that comfy-kitchen computed in another way.
         """
-        if self._loaded is None:
-            raise EngineError("nothing is loaded, so nothing can be drawn", mend="send Load before Draw")
+        loaded = self._ready()
         if request.rounds < 1:
             raise MeasurementError(f"{request.rounds} rounds are no measurement", mend="ask for at least one")
-        clock = self._loaded.first_clock if request.first else self._loaded.clock
+        clock = loaded.first_clock if request.first else loaded.clock
         rounds = []
         for done in range(request.rounds):
             progress("image", done, request.rounds)
-            image, pixels = self._loaded.draw(clock)
+            image, pixels = loaded.draw(clock)
             rounds.append(image)
         if request.save:
             Image.fromarray(pixels.numpy()).save(request.save, format="PNG")
         progress("image", request.rounds, request.rounds)
         return Drawn(tuple(rounds))
+
+    def _ready(self) -> _Variant:
+        if self._loaded is None:
+            raise EngineError("nothing is loaded, so nothing can be drawn", mend="send Load before Draw")
+        return self._loaded
 
 
 class _Variant:
@@ -89,7 +98,7 @@ class _Variant:
         self._name = request.variant.name
         self._workload = request.workload
         self._sigmas = unshifted_sigmas(request.workload)
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         self._device = device
         self._fallbacks = _Fallbacks()
         self._forwards = 0
@@ -109,7 +118,7 @@ class _Variant:
             prompt = self._encode(workload.prompt)
             negative = [self._encode("")] if workload.guidance > 0 else None
             clock.mark("text_encode")
-            latents = self._pipeline(
+            latents = self.pipeline(
                 prompt_embeds=[prompt],
                 negative_prompt_embeds=negative,
                 latents=self._noise(workload),
@@ -134,25 +143,25 @@ class _Variant:
 
     def _encode(self, prompt: str) -> torch.Tensor:
         """`[tokens, hidden]` in the transformer's type: the last layer but one, unpadded, without the final norm."""
-        tokenizer, encoder = self._pipeline.tokenizer, self._pipeline.text_encoder
+        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
         )
         ids = tokenizer(text, return_tensors="pt").input_ids.to(self._device)
         states = encoder(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-        embeddings: torch.Tensor = states[-2][0].to(self._pipeline.transformer.dtype)
+        embeddings: torch.Tensor = states[-2][0].to(self.pipeline.transformer.dtype)
         return embeddings
 
     def _noise(self, workload: Workload) -> torch.Tensor:
         """`[1, 16, H/8, W/8]` float32, drawn on the host so that every device starts from the same."""
-        scale = self._pipeline.vae_scale_factor
-        shape = (1, self._pipeline.transformer.in_channels, workload.height // scale, workload.width // scale)
+        scale = self.pipeline.vae_scale_factor
+        shape = (1, self.pipeline.transformer.in_channels, workload.height // scale, workload.width // scale)
         generator = torch.Generator("cpu").manual_seed(workload.seed)
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(self._device)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to an image `[1, 3, H, W]` in [-1, 1], as the pipeline itself would."""
-        vae = self._pipeline.vae
+        vae = self.pipeline.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         decoded: torch.Tensor = vae.decode(latents, return_dict=False)[0]
         return decoded

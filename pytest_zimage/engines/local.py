@@ -1,4 +1,4 @@
-"""The `diffusers` engine as the test process sees it: one run is one worker process, from empty page cache to closed."""
+"""The `diffusers` engine as the test process sees it: one run is one worker process."""
 
 from __future__ import annotations
 

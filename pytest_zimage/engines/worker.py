@@ -1,7 +1,7 @@
 """A worker process: loads one variant, draws on request, reports what it observed.
 
-Started as `python -m pytest_zimage.engines.worker DEVICE`; reads requests from standard input and writes replies to what was
-standard output, which is taken away from everything else so that a library's print cannot break the protocol.
+Started as `python -m pytest_zimage.engines.worker DEVICE`; reads requests from standard input and writes replies to
+what was standard output, which is taken away from everything else so that no library's print can break the protocol.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import nullcontext
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, BinaryIO
 
 from msgspec import structs
