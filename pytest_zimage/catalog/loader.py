@@ -9,14 +9,14 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
 
-from pytest_zimage.catalog.model import DeviceClass, Metric, ModelDims, ModelFile, Variant, Workload
+from pytest_zimage.catalog.model import DeviceClass, Metric, ModelDims, ModelFile, PromptSet, Variant, Workload
 from pytest_zimage.errors import CatalogError
 
 _SECTIONS: dict[str, type[Struct]] = {
@@ -24,12 +24,13 @@ _SECTIONS: dict[str, type[Struct]] = {
     "files": ModelFile,
     "workloads": Workload,
     "devices": DeviceClass,
+    "prompts": PromptSet,
     "metrics": Metric,
     "models": ModelDims,
 }
-_SHIPPED = ("variants.toml", "workloads.toml", "devices.toml", "metrics.toml", "models.toml")
+_SHIPPED = ("variants.toml", "workloads.toml", "prompts.toml", "devices.toml", "metrics.toml", "models.toml")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_FORWARDS_UNIT = 16
+_PIXELS_UNIT = 16
 """Pixels per latent patch side: eight of the VAE times two of the patch."""
 
 Row = TypeVar("Row", bound=Struct)
@@ -41,6 +42,7 @@ class Catalog(Struct, frozen=True):
     variants: dict[str, Variant]
     files: dict[str, ModelFile]
     workloads: dict[str, Workload]
+    prompts: dict[str, PromptSet]
     devices: dict[str, DeviceClass]
     metrics: dict[str, Metric]
     models: dict[str, ModelDims]
@@ -50,6 +52,9 @@ class Catalog(Struct, frozen=True):
 
     def workload(self, name: str) -> Workload:
         return _pick(self.workloads, name, "workload", "name one of the catalogue, or add a table of your own")
+
+    def prompt_set(self, name: str) -> PromptSet:
+        return _pick(self.prompts, name, "prompt set", "name one of the catalogue, or add a table of your own")
 
     def device(self, name: str) -> DeviceClass:
         return _pick(self.devices, name, "device class", "name one of the catalogue, or add a table of your own")
@@ -146,11 +151,14 @@ def _check_row(where: str, row: Struct) -> None:
     def refuse(key: str, why: str) -> None:
         raise CatalogError(f"{where}: key {key!r}: {why}", mend="correct that key")
 
-    if isinstance(row, Workload):
+    if isinstance(row, Workload | PromptSet):
         for key in ("width", "height"):
             size = getattr(row, key)
-            if size < _FORWARDS_UNIT or size % _FORWARDS_UNIT:
-                refuse(key, f"{size} is not a positive multiple of {_FORWARDS_UNIT}")
+            if size is not None and (size < _PIXELS_UNIT or size % _PIXELS_UNIT):
+                refuse(key, f"{size} is not a positive multiple of {_PIXELS_UNIT}")
+    if isinstance(row, PromptSet):
+        _check_prompts(row, refuse)
+    if isinstance(row, Workload):
         if row.steps < 1:
             refuse("steps", f"{row.steps} is not at least 1")
         if not row.prompt.strip():
@@ -174,6 +182,22 @@ def _check_row(where: str, row: Struct) -> None:
                 refuse(key, f"{getattr(row, key)} is not a finite number of at least 0")
         if row.kind == "sampled" and not (row.prior > 0 and row.floor > 0 and row.max_runs >= 1):
             refuse("kind", "'sampled' needs prior and floor above 0 and max_runs of at least 1")
+
+
+def _check_prompts(row: PromptSet, refuse: Callable[[str, str], None]) -> None:
+    if not row.prompts:
+        refuse("prompts", "is empty")
+    if (row.width is None) != (row.height is None):
+        refuse("width", "width and height go together")
+    names = [prompt.name for prompt in row.prompts]
+    for prompt in row.prompts:
+        seeds = (*prompt.seeds, *prompt.more_seeds)
+        if not _NAME.fullmatch(prompt.name) or names.count(prompt.name) > 1:
+            refuse("prompts", f"{prompt.name!r} is not a name of its own")
+        if not prompt.text.strip():
+            refuse("prompts", f"{prompt.name!r} has an empty text")
+        if not prompt.seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            refuse("prompts", f"{prompt.name!r} needs at least one seed, none twice, none below 0")
 
 
 def _cross_check(catalog: Catalog) -> None:

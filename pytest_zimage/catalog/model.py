@@ -76,6 +76,31 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     prompt: str
 
 
+class Prompt(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One prompt of a set, with the seeds it is drawn with."""
+
+    name: str
+    text: str
+    seeds: tuple[int, ...]
+    more_seeds: tuple[int, ...] = ()
+    """Drawn too, in this order, when a verdict stays inconclusive."""
+
+
+class PromptSet(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What image quality is judged on."""
+
+    name: str
+    title: str
+    prompts: tuple[Prompt, ...]
+    width: int | None = None
+    """None: the workload's own size."""
+    height: int | None = None
+
+    def pairs(self, more: int = 0) -> tuple[tuple[Prompt, int], ...]:
+        """Every (prompt, seed), with the first `more` further seeds of each prompt."""
+        return tuple((p, seed) for p in self.prompts for seed in (*p.seeds, *p.more_seeds[:more]))
+
+
 class DeviceClass(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A kind of machine whose numbers may be compared; its name is also the lane marker."""
 

@@ -52,6 +52,25 @@ class Draw(Struct, frozen=True, tag=True):
     """Where to write the last image as PNG, outside the timed region."""
 
 
+class ImageJob(Struct, frozen=True):
+    """One image to draw and keep, outside any timing."""
+
+    prompt: str
+    """The prompt's name in its set."""
+    text: str
+    seed: int
+    path: str
+    """Where the PNG goes; its folder exists."""
+
+
+class DrawImages(Struct, frozen=True, tag=True):
+    """Draw images for the quality judge; nothing of it is timed or counted into memory peaks reported before."""
+
+    jobs: tuple[ImageJob, ...]
+    width: int
+    height: int
+
+
 class Report(Struct, frozen=True, tag=True):
     """Ask for memory peaks and what the weights are held as."""
 
@@ -60,7 +79,7 @@ class Close(Struct, frozen=True, tag=True):
     """Leave in good order."""
 
 
-Request = Load | Draw | Report | Close
+Request = Load | Draw | DrawImages | Report | Close
 
 # ---- replies ------------------------------------------------------------
 
@@ -115,6 +134,22 @@ class Drawn(Struct, frozen=True, tag=True):
     rounds: tuple[Round, ...]
 
 
+class DrawnImage(Struct, frozen=True):
+    """One image on disk."""
+
+    prompt: str
+    seed: int
+    path: str
+    pixels_sha256: str
+    """Of the uint8 RGB pixels, row by row; the fingerprint."""
+
+
+class DrawnImages(Struct, frozen=True, tag=True):
+    """The images of one `DrawImages`, in the order of its jobs."""
+
+    images: tuple[DrawnImage, ...]
+
+
 class Reported(Struct, frozen=True, tag=True):
     """Peaks since the worker started. None: this machine cannot say; `notes` says why."""
 
@@ -141,7 +176,7 @@ class Failure(Struct, frozen=True, tag=True):
     traceback: str = ""
 
 
-Reply = Hello | Progress | Loaded | Drawn | Reported | Closed | Failure
+Reply = Hello | Progress | Loaded | Drawn | DrawnImages | Reported | Closed | Failure
 
 _encoder = msgspec.json.Encoder()
 _requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
