@@ -25,7 +25,7 @@ from pytest_zimage.engines.base import Engine, EngineFactory, ReportProgress, Ru
 from pytest_zimage.engines.protocol import Injection
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import CatalogError, ZImageError
-from pytest_zimage.liveline import LiveLine, can_redraw
+from pytest_zimage.liveline import Heartbeat, LiveLine, can_redraw
 from pytest_zimage.options import Settings, read_settings, repeated_options
 from pytest_zimage.probes.device import Machine, detect
 from pytest_zimage.probes.environment import machine_fingerprint, memory_total_bytes, session_environment
@@ -120,9 +120,13 @@ class ZImageSession:
     @cached_property
     def progress(self) -> Progress:
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
-        if is_worker(self.config) or reporter is None:
+        if is_worker(self.config):
+            return Progress(Heartbeat(self.config), is_tty=False)
+        if reporter is None:
             return Progress(lambda text: None, is_tty=False)
-        return Progress(LiveLine(reporter), can_redraw(reporter), width=lambda: shutil.get_terminal_size().columns)
+        return Progress(
+            LiveLine(self.config, reporter), can_redraw(reporter), width=lambda: shutil.get_terminal_size().columns
+        )
 
     @cached_property
     def injection(self) -> Injection:
@@ -196,6 +200,7 @@ class ZImageSession:
             index=index,
             rounds=self.settings.rounds,
             inject=self.injection,
+            images=None,
             environment={
                 **self.environment,
                 **{f"weights.{role}": file_fingerprint(path)[:16] for role, path in files.items()},

@@ -9,7 +9,7 @@ from typing import Any
 
 from pytest_zimage import errors
 from pytest_zimage.engines.base import Engine, ReportProgress, RunPlan
-from pytest_zimage.engines.protocol import Loaded, Reported, Round
+from pytest_zimage.engines.protocol import DrawnImage, Loaded, Reported, Round
 from pytest_zimage.engines.record import ColdLoad, RunRecord
 
 MIB = 1 << 20
@@ -35,6 +35,9 @@ class ScriptedEngine(Engine):
         if run.get("die"):
             os._exit(int(run["die"]))
         return record(plan, run)
+
+    def draw(self, plan: RunPlan, progress: ReportProgress) -> tuple[DrawnImage, ...]:
+        raise NotImplementedError("no script draws images yet")
 
 
 def record(plan: RunPlan, run: dict[str, Any]) -> RunRecord:

@@ -123,7 +123,7 @@ def test_saved_png_is_the_image_that_was_hashed(engine, tmp_path) -> None:
 def test_pixels_are_those_of_diffusers_own_image_processor(engine) -> None:
     loaded = engine()._loaded
     decoded = torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(3)).bfloat16()
-    theirs = loaded._pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
+    theirs = loaded.pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
     assert diffusers_engine._to_pixels(decoded).numpy().tobytes() == theirs.tobytes()
 
 
@@ -132,7 +132,7 @@ def test_embedding_is_the_one_diffusers_pipeline_makes(engine) -> None:
     loaded = engine()._loaded
     with torch.inference_mode():
         ours = loaded._encode("a small dog")
-        theirs = loaded._pipeline.encode_prompt("a small dog", device="cpu", do_classifier_free_guidance=False)[0][0]
+        theirs = loaded.pipeline.encode_prompt("a small dog", device="cpu", do_classifier_free_guidance=False)[0][0]
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2)
 
@@ -149,7 +149,7 @@ def test_progress_is_told_between_images_only(engine, monkeypatch) -> None:
 def test_every_forward_runs_under_inference_mode(engine) -> None:
     """Under `no_grad` comfy-kitchen silently dequantises an NVFP4 layer that has a bias."""
     loaded = engine()
-    pipeline, modes = loaded._loaded._pipeline, []
+    pipeline, modes = loaded._loaded.pipeline, []
     for network in (pipeline.transformer, pipeline.text_encoder, pipeline.vae.decoder):
         network.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
     loaded.draw(Draw(1), silent)
@@ -171,7 +171,7 @@ def test_no_rounds_are_no_measurement(engine) -> None:
 
 def test_wrong_number_of_forwards_is_no_measurement(engine) -> None:
     loaded = engine()
-    pipeline = loaded._loaded._pipeline
+    pipeline = loaded._loaded.pipeline
     pipeline.transformer.register_forward_pre_hook(loaded._loaded._count)
     with pytest.raises(MeasurementError, match="bf16: 16 transformer forwards for 8 steps"):
         loaded.draw(Draw(1), silent)
@@ -180,7 +180,7 @@ def test_wrong_number_of_forwards_is_no_measurement(engine) -> None:
 def test_image_with_nan_is_no_measurement(engine) -> None:
     loaded = engine()
     with torch.no_grad():
-        loaded._loaded._pipeline.vae.decoder.conv_out.bias[1] = float("nan")
+        loaded._loaded.pipeline.vae.decoder.conv_out.bias[1] = float("nan")
     with pytest.raises(MeasurementError, match="bf16: the image holds NaN"):
         loaded.draw(Draw(1), silent)
 

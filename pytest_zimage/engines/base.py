@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from pytest_zimage.catalog import ModelDims, Role, Variant, Workload
-    from pytest_zimage.engines.protocol import Injection
+    from pytest_zimage.engines.protocol import DrawImages, DrawnImage, Injection
     from pytest_zimage.engines.record import RunRecord
 
 
@@ -42,6 +42,8 @@ class RunPlan:
     """0 for the session's first run of the variant."""
     rounds: int
     inject: Injection
+    images: DrawImages | None
+    """Images for quality, drawn last in the same process; None: none are wanted."""
     environment: dict[str, str]
     """What the test process knows of machine, packages and files; the engine adds what it sees itself."""
     log: Path
@@ -61,6 +63,10 @@ class Engine(ABC):
 
         Raises a `ZImageError`; whatever happens, no process and no device memory is left behind.
         """
+
+    @abstractmethod
+    def draw(self, plan: RunPlan, progress: ReportProgress) -> tuple[DrawnImage, ...]:
+        """Load and draw `plan.images`, measuring nothing; raises as `run` does."""
 
 
 EngineFactory = Callable[[], Engine]

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import structs
 from PIL import Image
 
 from pytest_zimage.catalog.model import Workload
 from pytest_zimage.checkpoints.loader import load_pipeline
+from pytest_zimage.engines import faults
 from pytest_zimage.engines.clock import DeviceClock, hold
-from pytest_zimage.engines.protocol import Draw, Drawn, Load, Loaded, Round
+from pytest_zimage.engines.protocol import Draw, DrawImages, Drawn, DrawnImage, DrawnImages, Load, Loaded, Round
 from pytest_zimage.engines.sampler import build_scheduler, unshifted_sigmas
 from pytest_zimage.errors import EngineError, MeasurementError, UnsupportedError
 
@@ -76,7 +78,7 @@ class DiffusersEngine:
         rounds = []
         for done in range(request.rounds):
             progress("image", done, request.rounds)
-            image, pixels = loaded.draw(clock)
+            image, pixels = loaded.draw(clock, loaded.workload)
             rounds.append(image)
         if request.save:
             Image.fromarray(pixels.numpy()).save(request.save, format="PNG")
@@ -88,6 +90,22 @@ class DiffusersEngine:
             raise EngineError("nothing is loaded, so nothing can be drawn", mend="send Load before Draw")
         return self._loaded
 
+    def draw_images(self, request: DrawImages, progress: Report) -> DrawnImages:
+        """Draw and keep the images of `request`, untimed; raises as `draw` does."""
+        loaded = self._ready()
+        jobs = faults.misdirected(request.jobs, loaded.inject.quality)
+        images = []
+        for done, (job, drawn) in enumerate(zip(request.jobs, jobs, strict=True)):
+            progress("image for quality", done, len(jobs))
+            workload = structs.replace(
+                loaded.workload, prompt=drawn.text, seed=drawn.seed, width=request.width, height=request.height
+            )
+            _, pixels = loaded.draw(loaded.plain_clock, workload)
+            pixels = faults.damaged(pixels, loaded.inject.quality, job.seed)
+            Image.fromarray(pixels.numpy()).save(job.path, format="PNG")
+            images.append(DrawnImage(job.prompt, job.seed, job.path, _digest(pixels)))
+        return DrawnImages(tuple(images))
+
 
 class _Variant:
     """A loaded pipeline and the workload it draws."""
@@ -95,8 +113,10 @@ class _Variant:
     def __init__(self, request: Load, pipeline: Any, device: torch.device) -> None:
         self.clock = DeviceClock(device, request.inject.warm_latency)
         self.first_clock = DeviceClock(device, request.inject.cold_load)
+        self.plain_clock = DeviceClock(device)
+        self.inject = request.inject
         self._name = request.variant.name
-        self._workload = request.workload
+        self.workload = request.workload
         self._sigmas = unshifted_sigmas(request.workload)
         self.pipeline = pipeline
         self._device = device
@@ -104,9 +124,8 @@ class _Variant:
         self._forwards = 0
         pipeline.transformer.register_forward_pre_hook(self._count)
 
-    def draw(self, clock: DeviceClock) -> tuple[Round, torch.Tensor]:
+    def draw(self, clock: DeviceClock, workload: Workload) -> tuple[Round, torch.Tensor]:
         """One timed image, and its pixels `[H, W, 3]` uint8 on the host."""
-        workload = self._workload
         self._forwards = 0
 
         def step_end(_pipeline: object, step: int, _timestep: object, _tensors: object) -> dict[str, torch.Tensor]:
@@ -138,8 +157,7 @@ class _Variant:
             clock.mark("to_image")
             seconds, phases_s = clock.stop()
             self._check(decoded)
-        digest = hashlib.sha256(pixels.numpy().data).hexdigest()
-        return Round(seconds, phases_s, self._forwards, digest), pixels
+        return Round(seconds, phases_s, self._forwards, _digest(pixels)), pixels
 
     def _encode(self, prompt: str) -> torch.Tensor:
         """`[tokens, hidden]` in the transformer's type: the last layer but one, unpadded, without the final norm."""
@@ -170,9 +188,9 @@ class _Variant:
         self._forwards += 1
 
     def _check(self, decoded: torch.Tensor) -> None:
-        if self._forwards != self._workload.steps:
+        if self._forwards != self.workload.steps:
             raise MeasurementError(
-                f"{self._name}: {self._forwards} transformer forwards for {self._workload.steps} steps",
+                f"{self._name}: {self._forwards} transformer forwards for {self.workload.steps} steps",
                 mend="check the installed diffusers: the schedule it runs is not the workload's",
             )
         if not bool(torch.isfinite(decoded).all()):
@@ -181,6 +199,11 @@ class _Variant:
                 mend="check the weights: `--zimage-list` shows where each file was found",
             )
         self._fallbacks.refuse(self._name)
+
+
+def _digest(pixels: torch.Tensor) -> str:
+    """sha256 of the pixels, row by row: the fingerprint of an image."""
+    return hashlib.sha256(pixels.numpy().data).hexdigest()
 
 
 def _to_pixels(decoded: torch.Tensor) -> torch.Tensor:

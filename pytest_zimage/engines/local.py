@@ -8,12 +8,24 @@ from typing import TypeVar
 
 from pytest_zimage.engines.base import Engine, ReportProgress, RunPlan
 from pytest_zimage.engines.client import WorkerClient, worker_command
-from pytest_zimage.engines.protocol import Draw, Drawn, Hello, Load, Loaded, Reply, Report, Reported, Request
+from pytest_zimage.engines.protocol import (
+    Draw,
+    Drawn,
+    DrawnImage,
+    DrawnImages,
+    Hello,
+    Load,
+    Loaded,
+    Reply,
+    Report,
+    Reported,
+    Request,
+)
 from pytest_zimage.engines.record import ColdLoad, RunRecord
 from pytest_zimage.errors import EngineError, MeasurementError
 from pytest_zimage.probes import pagecache
 
-Expected = TypeVar("Expected", Hello, Loaded, Drawn, Reported)
+Expected = TypeVar("Expected", Hello, Loaded, Drawn, DrawnImages, Reported)
 
 
 class LocalEngine(Engine):
@@ -25,9 +37,7 @@ class LocalEngine(Engine):
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
         begin = time.monotonic()
         files = sorted(set(plan.files.values()))
-        what = f"worker of {plan.variant.name}, run {plan.index + 1}"
-        command = worker_command(plan.device)
-        with WorkerClient(what, plan.log, command, timeout_s=plan.timeout_s, progress=progress, gpu=plan.gpu) as worker:
+        with self._worker(plan, progress) as worker:
             # Emptied after the packages are imported: importing takes seconds in which something may read the files.
             hello = _expect(Hello, worker.receive("import"))
             _check_device(plan, hello)
@@ -36,6 +46,7 @@ class LocalEngine(Engine):
             first = _expect(Drawn, worker.ask(Draw(rounds=1, first=True), "first image")).rounds[0]
             drawn = _expect(Drawn, worker.ask(Draw(rounds=plan.rounds), "rounds"))
             memory = _expect(Reported, worker.ask(Report(), "report"))
+            images = _expect(DrawnImages, worker.ask(plan.images, "images")).images if plan.images else ()
             worker.close()
         return RunRecord(
             variant=plan.variant.name,
@@ -58,9 +69,24 @@ class LocalEngine(Engine):
             disk_bytes=sum(path.stat().st_size for path in files),
             environment={**plan.environment, **hello.environment},
             inject=plan.inject,
+            images=images,
             started_at=started_at,
             wall_s=time.monotonic() - begin,
         )
+
+    def draw(self, plan: RunPlan, progress: ReportProgress) -> tuple[DrawnImage, ...]:
+        assert plan.images is not None
+        with self._worker(plan, progress) as worker:
+            _check_device(plan, _expect(Hello, worker.receive("import")))
+            _expect(Loaded, worker.ask(_load_request(plan), "load"))
+            images = _expect(DrawnImages, worker.ask(plan.images, "images")).images
+            worker.close()
+        return images
+
+    def _worker(self, plan: RunPlan, progress: ReportProgress) -> WorkerClient:
+        what = f"worker of {plan.variant.name}, run {plan.index + 1}"
+        command = worker_command(plan.device)
+        return WorkerClient(what, plan.log, command, timeout_s=plan.timeout_s, progress=progress, gpu=plan.gpu)
 
 
 def _check_device(plan: RunPlan, hello: Hello) -> None:

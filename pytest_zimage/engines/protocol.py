@@ -21,9 +21,11 @@ class Injection(Struct, frozen=True):
     """Fraction of the cold load's own time that it is slowed by."""
     memory_bytes: int = 0
     """Extra memory, touched and held from before the load on."""
+    quality: str = ""
+    """`noise:SD` (of 1), `black`, `swap-prompts` or `wrong-seed`: what is done to the images drawn for quality."""
 
     def __bool__(self) -> bool:
-        return bool(self.warm_latency or self.cold_load or self.memory_bytes)
+        return bool(self.warm_latency or self.cold_load or self.memory_bytes or self.quality)
 
 
 # ---- requests ------------------------------------------------------------

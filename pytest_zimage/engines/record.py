@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from msgspec import Struct, json
 
-from pytest_zimage.engines.protocol import Injection, Loaded, Reported, Round
+from pytest_zimage.engines.protocol import DrawnImage, Injection, Loaded, Reported, Round
 
 
 class ColdLoad(Struct, frozen=True, kw_only=True):
@@ -42,6 +42,8 @@ class RunRecord(Struct, frozen=True, kw_only=True):
     disk_bytes: int
     environment: dict[str, str]
     inject: Injection = Injection()
+    images: tuple[DrawnImage, ...] = ()
+    """Drawn for quality after everything else was measured."""
     started_at: str = ""
     wall_s: float = 0.0
 

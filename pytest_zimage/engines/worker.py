@@ -21,6 +21,7 @@ from pytest_zimage.engines.protocol import (
     Close,
     Closed,
     Draw,
+    DrawImages,
     Failure,
     Hello,
     Load,
@@ -85,6 +86,8 @@ def _answer(engine: DiffusersEngine, sampler: MemorySampler, device: str, reques
                 # The kernel keeps its high-water mark by itself; nothing of ours may run beside a timed image.
                 with nullcontext() if request.first else sampler.paused():
                     return engine.draw(request, lambda stage, done, total: say(Progress(stage, done, total)))
+            case DrawImages():
+                return engine.draw_images(request, lambda stage, done, total: say(Progress(stage, done, total)))
             case Report():
                 return _report(sampler, device)
             case Close():
