@@ -6,6 +6,7 @@ import pytest
 
 from pytest_zimage import lanes
 from pytest_zimage.errors import ZImageError
+from pytest_zimage.options import OPTIONS
 from pytest_zimage.session import start
 from pytest_zimage.xdist import refuse_collection
 
@@ -14,6 +15,7 @@ _PARAMETER = "zimage_variant"
 
 def check_settings(config: pytest.Config) -> None:
     """Raise `pytest.UsageError` for options, ini values or a model folder that cannot work."""
+    _refuse_folder_taken_for_tests(config)
     session = start(config)
     try:
         session.variants()
@@ -56,3 +58,24 @@ def check_collection(config: pytest.Config, items: list[pytest.Item]) -> None:
         lanes.check_expression(config.option.markexpr, session.catalog.devices, session.machine.device_class.name)
     except pytest.UsageError as error:
         refuse_collection(config, items, error)
+
+
+def _refuse_folder_taken_for_tests(config: pytest.Config) -> None:
+    """pytest looks for its ini file before it knows our options, and takes a folder after a space for one of tests.
+
+    Where that led it away from here, ini values would be lost and results land in a stranger's folder.
+    """
+    told_where = config.getoption("inifilename", None) or config.getoption("rootdir", None)
+    if told_where or config.args_source is pytest.Config.ArgsSource.ARGS:
+        return
+    here = config.invocation_params.dir
+    if config.rootpath == here if config.inipath is None else here.is_relative_to(config.inipath.parent):
+        return
+    for row in OPTIONS:
+        value = config.getoption(row.dest, None)
+        for text in value if isinstance(value, list) else [value]:
+            if text in config.invocation_params.args and (here / text).exists():
+                raise pytest.UsageError(
+                    f"pytest took {text} for a folder of tests and looked for its ini file there:"
+                    f" write {row.option}={text}"
+                )

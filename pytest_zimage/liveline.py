@@ -4,24 +4,44 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 
 
 def can_redraw(reporter: pytest.TerminalReporter) -> bool:
     """Whether the report goes to a terminal that can move its cursor."""
-    return bool(reporter.isatty) and os.environ.get("TERM", "dumb") != "dumb"
+    return bool(reporter.isatty) and os.environ.get("TERM", "") not in ("", "dumb")
+
+
+class Heartbeat:
+    """Writes the lines of one of xdist's workers, whose only way to the person is standard error."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._uncaptured = _uncaptured(config)
+
+    def __call__(self, text: str) -> None:
+        with self._uncaptured():
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 class LiveLine:
     """Writes what `Progress` says: text that starts with a carriage return redraws, one that ends with it erases."""
 
-    def __init__(self, reporter: pytest.TerminalReporter) -> None:
+    def __init__(self, config: pytest.Config, reporter: pytest.TerminalReporter) -> None:
         self._reporter = reporter
+        self._uncaptured = _uncaptured(config)
         self._column: int | None = None
         """Where pytest's own line ends while ours is shown below it."""
 
     def __call__(self, text: str) -> None:
+        with self._uncaptured():
+            self._write(text)
+
+    def _write(self, text: str) -> None:
         if not text.startswith("\r"):
             self._reporter.ensure_newline()
             self._reporter.write(text, flush=True)
@@ -37,3 +57,9 @@ class LiveLine:
             file.write(f"\x1b[1A\x1b[{self._column}C" if self._column else "")
             self._column = None
         file.flush()
+
+
+def _uncaptured(config: pytest.Config) -> Callable[[], AbstractContextManager[None]]:
+    """The work is done inside a test, whose output pytest keeps to itself."""
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    return capture.global_and_fixture_disabled if capture is not None else nullcontext

@@ -7,7 +7,6 @@ line wins. This module is imported by every pytest run on the machine, so it imp
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,10 +14,9 @@ from typing import Any, Literal
 
 import pytest
 
-UpdateMode = Literal["replace", "extend", "new"]
+from pytest_zimage import readers
 
-_AMOUNT = re.compile(r"\+?(\d+(?:\.\d+)?)\s*(%|KB|MB|GB|KiB|MiB|GiB|B)")
-_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+UpdateMode = Literal["replace", "extend", "new"]
 
 
 @dataclass(frozen=True)
@@ -61,62 +59,13 @@ class Settings:
         return self.runs if self.runs is not None else (5 if self.update_baselines else 1)
 
 
-def _positive_int(option: str, text: str, base: Path) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise pytest.UsageError(f"{option} {text}: must be a whole number of at least 1")
-    return value
-
-
-def _seconds(option: str, text: str, base: Path) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise pytest.UsageError(f"{option} {text}: must be a number of seconds above 0")
-    return value
-
-
-def _injection(option: str, text: str, base: Path) -> tuple[str, float]:
-    metric, _, amount = text.partition("=")
-    match = _AMOUNT.fullmatch(amount.strip())
-    known = {"warm_latency": "%", "cold_load": "%", "memory": "B"}
-    if metric not in known or not match or (match[2] == "%") != (known[metric] == "%") or float(match[1]) <= 0:
-        raise pytest.UsageError(
-            f"{option} {text}: write METRIC=AMOUNT, for example warm_latency=+5%, cold_load=+40% or memory=+500MB"
-        )
-    number = float(match[1])
-    return metric, number / 100 if match[2] == "%" else number * _BYTES[match[2]]
-
-
-def _text(option: str, text: str, base: Path) -> str:
-    if not text.strip():
-        raise pytest.UsageError(f"{option}: must not be empty")
-    return text.strip()
-
-
-def _path(option: str, text: str, base: Path) -> Path:
-    return base / Path(_text(option, text, base)).expanduser()
-
-
-def _models(option: str, text: str, base: Path) -> str:
-    """A folder by its whole path; what is no folder stays a name."""
-    name = _text(option, text, base)
-    folder = base / Path(name).expanduser()
-    return str(folder) if "/" in name or (folder.is_dir() and not name.startswith("synthetic-")) else name
-
-
 @dataclass(frozen=True)
 class Option:
     """One row: option, ini value, help, how its text is read."""
 
     name: str
     help: str
-    read: Callable[[str, str, Path], Any] = _text
+    read: Callable[[str, str, Path], Any] = readers.plain_text
     """Option, text, and the folder that a path in it starts from."""
     metavar: str | None = None
     default: str | None = None
@@ -150,32 +99,41 @@ OPTIONS: tuple[Option, ...] = (
         "models",
         "where the weights are: a folder in ComfyUI's layout, synthetic-tiny or synthetic-full"
         " (default: $ZIMAGE_MODELS if set, else synthetic-tiny)",
-        _models,
+        readers.models,
         "DIR|NAME",
     ),
-    Option("tokenizer", "folder of the text encoder's tokenizer, if the model folder has none", _path, "DIR"),
+    Option("tokenizer", "folder of the text encoder's tokenizer, if the model folder has none", readers.path, "DIR"),
     Option("workload", "what is drawn (default: turbo-tiny on synthetic-tiny, else turbo-1024)", metavar="NAME"),
     Option("device", "auto, cpu, cuda or cuda:N (default: auto)", metavar="DEVICE", default="auto"),
-    Option("rounds", "timed images in each run (default: 10)", _positive_int, "N", "10"),
+    Option("rounds", "timed images in each run (default: 10)", readers.positive_int, "N", "10"),
     Option(
-        "runs", "fresh processes per variant before the first verdict (default: 1; 5 when updating)", _positive_int, "N"
+        "runs",
+        "fresh processes per variant before the first verdict (default: 1; 5 when updating)",
+        readers.positive_int,
+        "N",
     ),
-    Option("baselines", "folder of the stored baselines (default: baselines in the root folder)", _path, "DIR"),
-    Option("results", "results file (default: .zimage/results/<time>.json)", _path, "FILE"),
+    Option("baselines", "folder of the stored baselines (default: baselines in the root folder)", readers.path, "DIR"),
+    Option("results", "results file (default: .zimage/results/<time>.json)", readers.path, "FILE"),
     Option("strict", "fail what has no baseline or stays inconclusive, instead of skipping it", flag=True),
     Option(
         "inject",
         "slow or enlarge the worker on purpose, to see a gate fail: warm_latency=+5%%, cold_load=+40%%, memory=+500MB",
-        _injection,
+        readers.injection,
         "METRIC=AMOUNT",
         many=True,
     ),
-    Option("catalog", "TOML files with your own variants, workloads or devices; repeatable", _path, "FILE", many=True),
-    Option("cache", "folder for synthetic checkpoints (default: the user's cache folder)", _path, "DIR"),
+    Option(
+        "catalog",
+        "TOML files with your own variants, workloads or devices; repeatable",
+        readers.path,
+        "FILE",
+        many=True,
+    ),
+    Option("cache", "folder for synthetic checkpoints (default: the user's cache folder)", readers.path, "DIR"),
     Option(
         "timeout",
         "longest silence of a worker in seconds before it is ended (default: 300)",
-        _seconds,
+        readers.seconds,
         "SECONDS",
         "300",
     ),
@@ -242,7 +200,6 @@ def read_settings(config: pytest.Config) -> Settings:
         raise pytest.UsageError(
             "--update-baselines refuses --zimage-inject: an injected fault must never become a baseline"
         )
-    _refuse_folder_taken_for_tests(config)
     root = config.rootpath
     renamed = {
         "models": values.pop("zimage_models") or _models_of_environment() or "synthetic-tiny",
@@ -284,28 +241,7 @@ def _value(config: pytest.Config, row: Option) -> Any:
 
 def _models_of_environment() -> str:
     text = os.environ.get("ZIMAGE_MODELS", "")
-    return _models("ZIMAGE_MODELS", text, Path.cwd()) if text.strip() else ""
-
-
-def _refuse_folder_taken_for_tests(config: pytest.Config) -> None:
-    """pytest looks for its ini file before it knows our options, and takes a folder after a space for one of tests.
-
-    Where that led it away from here, ini values would be lost and results land in a stranger's folder.
-    """
-    told_where = config.getoption("inifilename", None) or config.getoption("rootdir", None)
-    if told_where or config.args_source is pytest.Config.ArgsSource.ARGS:
-        return
-    here = config.invocation_params.dir
-    if config.rootpath == here if config.inipath is None else here.is_relative_to(config.inipath.parent):
-        return
-    for row in OPTIONS:
-        value = config.getoption(row.dest, None)
-        for text in value if isinstance(value, list) else [value]:
-            if text in config.invocation_params.args and (here / text).exists():
-                raise pytest.UsageError(
-                    f"pytest took {text} for a folder of tests and looked for its ini file there:"
-                    f" write {row.option}={text}"
-                )
+    return readers.models("ZIMAGE_MODELS", text, Path.cwd()) if text.strip() else ""
 
 
 def user_cache() -> Path:

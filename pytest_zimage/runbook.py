@@ -18,7 +18,9 @@ from msgspec import Struct, json
 from pytest_zimage import errors
 from pytest_zimage.engines.base import ReportProgress
 from pytest_zimage.engines.record import RunRecord
-from pytest_zimage.errors import EngineError, ZImageError
+from pytest_zimage.errors import EngineError, MeasurementError, ZImageError
+
+_OTHER_CACHE = "name a cache folder that can be written to: --zimage-cache DIR"
 
 
 class StoredError(Struct, frozen=True):
@@ -35,8 +37,10 @@ class RunBook:
     def __init__(self, folder: Path, lock: Path) -> None:
         self._folder = folder
         self._lock = lock
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        with _on_disk(folder, "make the project's folder writable"):
+            folder.mkdir(parents=True, exist_ok=True)
+        with _on_disk(lock, _OTHER_CACHE):
+            lock.parent.mkdir(parents=True, exist_ok=True)
 
     def get(self, variant: str, index: int, measure: Callable[[], RunRecord], progress: ReportProgress) -> RunRecord:
         """The run, measured now if nobody has yet. Raises the `ZImageError` the run ended with."""
@@ -73,7 +77,9 @@ class RunBook:
 
     @contextmanager
     def _device(self, progress: ReportProgress) -> Iterator[None]:
-        with self._lock.open("w") as lock:
+        with _on_disk(self._lock, _OTHER_CACHE):
+            lock = self._lock.open("w")
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -92,5 +98,14 @@ def _read_error(path: Path) -> ZImageError:
 
 def _write(path: Path, data: bytes) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with _on_disk(path, "free space there, or make the project's folder writable"):
+        temporary.write_bytes(data)
+        temporary.replace(path)
+
+
+@contextmanager
+def _on_disk(path: Path, mend: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MeasurementError(f"{path}: cannot be written: {error.strerror or error}", mend=mend) from error

@@ -7,6 +7,7 @@ must be exact. Both go through pytester, as a user would.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -129,7 +130,7 @@ def script(project: pytest.Pytester, tiny: Path, monkeypatch: pytest.MonkeyPatch
     (cache / "synthetic-tiny").symlink_to(tiny)
     project.makeini(INI.format(cache=cache))
     monkeypatch.syspath_prepend(str(HERE))
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
     project.makeconftest(
         """
         from scripted import ScriptedEngine

@@ -72,6 +72,10 @@ def put(store, key, metric="warm_latency", stored=WARM):
         ("weight_bytes", "h200", "portable"),
         ("linears", "cpu", "portable"),
         ("linears", "gb10", "device"),
+        ("clip_score", "cpu", "portable"),
+        ("clip_score", "gb10", "device"),
+        ("lpips", "cpu", "portable"),
+        ("ssim", "h200", "device"),
     ],
 )
 def test_layer_of_each_kind_of_metric(metric, device, layer):

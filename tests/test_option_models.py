@@ -144,7 +144,7 @@ def test_a_folder_that_the_synthetic_writer_wrote_is_that_set(script, results, t
 
 
 def test_a_folder_that_pytest_takes_for_tests_is_refused(script, tmp_path_factory):
-    """pytest does not know the option yet when it looks for its ini file, so the space before the folder misleads it."""
+    """pytest looks for its ini file before it knows the option, so the space before the folder misleads it."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     result = script.project.runpytest_subprocess("--zimage-models", str(elsewhere))
     assert result.ret == pytest.ExitCode.USAGE_ERROR

@@ -29,8 +29,8 @@ def read(path: Path) -> dict:
 
 
 def newest(script) -> Path:
-    (path,) = (script.project.path / ".zimage" / "results").glob("*.json")
-    return path
+    found = (script.project.path / ".zimage" / "results").glob("*.json")
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
 def test_by_default_it_lies_in_the_work_folder(script):
@@ -125,12 +125,35 @@ def test_a_place_that_cannot_be_written_is_told_and_nothing_is_lost(script):
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     done.stdout.fnmatch_lines(
         [
-            f"ERROR: {script.project.path}/file/out.json: results cannot be written: Not a directory",
+            f"ERROR: {script.project.path}/file/out.json: results cannot be written: *",
             "  mend: give a writable file to --zimage-results",
             f"results: {newest(script)}",
         ]
     )
     assert len(read(newest(script))["verdicts"]) == 1
+
+
+def test_ctrl_c_keeps_what_was_measured(script):
+    script.project.makeconftest(
+        """
+        from scripted import ScriptedEngine
+
+        class Interrupted(ScriptedEngine):
+            def run(self, plan, progress):
+                if plan.variant.name == "nvfp4":
+                    raise KeyboardInterrupt
+                return super().run(plan, progress)
+
+        def pytest_zimage_engines(config):
+            return {"diffusers": lambda: Interrupted(config.rootpath)}
+        """
+    )
+    script(default=[{"rounds": [1.0]}])
+    done = script.run("bf16,nvfp4")
+    assert done.ret == pytest.ExitCode.INTERRUPTED
+    data = read(newest(script))
+    assert [verdict["variant"] for verdict in data["verdicts"]] == ["bf16"]
+    assert data["errors"] == []
 
 
 def test_a_session_that_measured_nothing_leaves_no_file(script):
@@ -140,7 +163,7 @@ def test_a_session_that_measured_nothing_leaves_no_file(script):
 
 
 def test_letters_of_the_whole_world_survive(script):
-    prompt = '古風水墨畫，一隻貓 "quoted" \U0001f408'
+    prompt = '古風水墨畫 一隻貓 "quoted" \U0001f408'
     (script.project.path / "mine.toml").write_text(
         "[workloads.ink]\n"
         + "".join(f"{key} = {value}\n" for key, value in {"width": 64, "height": 64, "steps": 2, "seed": 7}.items())

@@ -33,6 +33,10 @@ def compare(
     `unfit` when a cold load's page cache was emptied on one side only. Raises `MeasurementError` when the baseline has
     the metric and this engine or machine cannot say it: a figure that vanished is not a pass.
     """
+    if metric.kind not in ("sampled", "exact"):
+        raise MeasurementError(
+            f"{metric.name} is {metric.kind}: no run says it", mend="judge image scores by compare_quality"
+        )
     _require_said(metric, samples)
     if metric.kind == "exact":
         return _compare_exact(metric, samples, stored)
@@ -64,7 +68,7 @@ def compare_to_control(
     An explanation beside the verdict, never the verdict: what slowed the whole machine cancels in it.
     """
     said = [*samples, *control_samples]
-    if metric.kind == "exact" or not said or any(sample.unavailable for sample in said):
+    if metric.kind != "sampled" or not said or any(sample.unavailable for sample in said):
         return None
     kinds = {sample.emptied for sample in said}
     if len(kinds) > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, assert_never
 
 from msgspec import structs
 
@@ -14,15 +14,41 @@ Layer = Literal["portable", "device", "machine"]
 
 PORTABLE = "portable"
 """Stands for the device class in the key and the path of a portable baseline."""
-_CHOSEN_BY_DEVICE = frozenset({"linears"})
-"""Exact, but decided by what the device can compute; any CPU decides alike."""
+IMAGES = "images"
+"""Stands for a metric where the fingerprints and previews of a file are meant."""
 
 
 def layer_of(metric: Metric, device: DeviceClass) -> Layer:
-    """The layer that `metric` is stored in and judged from on `device`."""
-    if metric.kind == "exact":
-        return "device" if metric.name in _CHOSEN_BY_DEVICE and device.name != "cpu" else "portable"
-    return "device" if device.stored_timings else "machine"
+    """The layer that `metric` is stored in and judged from on `device`.
+
+    Image scores are portable between CPUs, because the margins of the rule are far wider than what the order of a sum
+    changes, and belong to the device class elsewhere, where other kernels quantise other things.
+    """
+    return _layer(metric.portable or _BY_KIND[metric.kind], device)
+
+
+def layer_of_images(device: DeviceClass) -> Layer:
+    """Fingerprints lie with the scores of the images they are of.
+
+    Another CPU may differ in the last bit of a pixel, which is no fault: a fingerprint is never a gate. Equal ones end
+    the argument, others only start it, and `BaseImages.drawn_on` says where they come from.
+    """
+    return _layer(_BY_KIND["paired"], device)
+
+
+_Portable = Literal["always", "between-cpus", "never"]
+_BY_KIND: dict[str, _Portable] = {"exact": "always", "sampled": "never", "paired": "between-cpus"}
+
+
+def _layer(portable: _Portable, device: DeviceClass) -> Layer:
+    match portable:
+        case "always":
+            return "portable"
+        case "between-cpus":
+            return "portable" if device.name == "cpu" else "device"
+        case "never":
+            return "device" if device.stored_timings else "machine"
+    assert_never(portable)
 
 
 def layer_key(key: Key, layer: Layer) -> Key:

@@ -44,7 +44,9 @@ def merge_metric(current: MetricBaseline | None, fresh: Fresh, mode: Mode) -> Me
         return Merged(action="kept", reason="has a baseline already; --update-mode new only adds")
     if fresh.metric.kind == "exact":
         return _merge_exact(current, fresh, mode)
-    return _merge_sampled(current, fresh, mode)
+    if fresh.metric.kind == "sampled":
+        return _merge_sampled(current, fresh, mode)
+    return _refused(f"is {fresh.metric.kind}: no run says it", "record image scores by update_quality")
 
 
 def _merge_exact(current: MetricBaseline | None, fresh: Fresh, mode: Mode) -> Merged:

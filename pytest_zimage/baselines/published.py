@@ -1,10 +1,11 @@
 """Turns a published table into baseline files of provenance `published`.
 
-    python -m pytest_zimage.baselines.published TABLE.json baselines --recorded-at 2025-01-31
+    python -m pytest_zimage.baselines.published TABLE.json baselines --quality QUALITY.json --recorded-at 2025-01-31
 
 The table is JSON: `title`, `engine`, `hardware`, `stack` and, by variant, `warm_s` {n, mean, std, min, max},
 `cold_s`, `rss_peak_gb` and `working_set_gb`. Only what was printed is stored. File sizes were printed in rounded 1e9
-bytes, so they are no baseline of the exact `disk_bytes`; memory was printed in GiB.
+bytes, so they are no baseline of the exact `disk_bytes`; memory was printed in GiB. The figures of `--quality`, which
+`published_quality` describes, join the files of the same variants.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from pytest_zimage.baselines.published_quality import add_quality, read_quality
 from pytest_zimage.baselines.schema import SCHEMA, Baseline, Key, MetricBaseline, Provenance, Published
 from pytest_zimage.baselines.writing import locked, to_bytes, write_atomically
+from pytest_zimage.catalog import load_catalog
 from pytest_zimage.errors import BaselineError, ZImageError
 
 _GIB = 2**30
@@ -86,17 +89,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="write published figures as baseline files")
     parser.add_argument("table", type=Path)
     parser.add_argument("baselines", type=Path, help="folder of the stored baselines")
+    parser.add_argument("--quality", type=Path, help="table of image scores")
+    parser.add_argument("--prompts", default="quality-6x3", help="prompt set of the image scores")
     parser.add_argument("--device", default="gb10")
     parser.add_argument("--workload", default="turbo-1024")
     parser.add_argument("--recorded-at", required=True, metavar="DATE", help="day of the transcription, YYYY-MM-DD")
     options = parser.parse_args(arguments)
     try:
-        for baseline in baselines_of(
+        baselines = baselines_of(
             read_table(options.table),
             device=options.device,
             workload=options.workload,
             recorded_at=options.recorded_at,
-        ):
+        )
+        if options.quality is not None:
+            baselines = add_quality(baselines, read_quality(options.quality), load_catalog(), options.prompts)
+        for baseline in baselines:
             path = options.baselines / baseline.key.path()
             with locked(path.parent):
                 write_atomically(path, to_bytes(baseline))

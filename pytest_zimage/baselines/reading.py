@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
+from pytest_zimage.baselines.reading_images import check_images, check_paired
 from pytest_zimage.baselines.schema import SCHEMA, Band, Baseline, Key, MetricBaseline, Published
 from pytest_zimage.catalog.model import Metric
 from pytest_zimage.errors import BaselineError
@@ -41,7 +42,7 @@ def parse_baseline(data: bytes, path: Path, key: Key, metrics: Mapping[str, Metr
     document = _document(data, path)
     _check_schema(document, path)
     raw_metrics = document.get("metrics")
-    if not isinstance(raw_metrics, dict) or not raw_metrics:
+    if not isinstance(raw_metrics, dict) or not (raw_metrics or document.get("images")):
         _refuse(path, "metrics", "must be an object with at least one metric")
     # One by one, because msgspec names no keys of a dict in its errors.
     parsed = {n: _convert(path, f"metrics.{n}", raw, MetricBaseline) for n, raw in raw_metrics.items()}
@@ -50,6 +51,7 @@ def parse_baseline(data: bytes, path: Path, key: Key, metrics: Mapping[str, Metr
     _check_header(baseline, path, key)
     for name, stored in parsed.items():
         _check_metric(path, name, stored, metrics)
+    check_images(baseline, lambda field, why: _refuse(path, field, why))
     return baseline
 
 
@@ -100,10 +102,11 @@ def _check_metric(path: Path, name: str, stored: MetricBaseline, metrics: Mappin
         _refuse(path, f"{where}.unit", f"is {stored.unit!r}, the catalogue's is {metric.unit!r}")
     filled = [f for f, there in _fillings(stored).items() if there]
     if len(filled) != 1:
-        _refuse(path, where, f"must have one of runs, published and exact; has {' and '.join(filled) or 'none'}")
-    if (filled == ["exact"]) != (metric.kind == "exact"):
+        every = ", ".join(_fillings(stored))
+        _refuse(path, where, f"must have one of {every}; has {' and '.join(filled) or 'none'}")
+    if filled[0] not in _BY_KIND[metric.kind]:
         _refuse(path, f"{where}.{filled[0]}", f"does not belong to a metric that is {metric.kind}")
-    direction = "equal" if metric.kind == "exact" else "lower"
+    direction = "equal" if metric.kind == "exact" else metric.direction
     if stored.direction != direction:
         _refuse(path, f"{where}.direction", f"is {stored.direction!r}, must be {direction!r}")
     for index, run in enumerate(stored.runs):
@@ -119,10 +122,20 @@ def _check_metric(path: Path, name: str, stored: MetricBaseline, metrics: Mappin
         _check_exact(path, f"{where}.exact", stored.exact)
     if stored.band is not None:
         _check_band(path, f"{where}.band", stored.band)
+    check_paired(where, stored, metric, lambda field, why: _refuse(path, field, why))
+
+
+_BY_KIND = {"sampled": ("runs", "published"), "exact": ("exact",), "paired": ("scores", "published")}
+"""What a metric of each kind may be filled with."""
 
 
 def _fillings(stored: MetricBaseline) -> dict[str, bool]:
-    return {"runs": bool(stored.runs), "published": stored.published is not None, "exact": stored.exact is not None}
+    return {
+        "runs": bool(stored.runs),
+        "published": stored.published is not None,
+        "exact": stored.exact is not None,
+        "scores": bool(stored.scores),
+    }
 
 
 def _check_published(path: Path, where: str, summary: Published) -> None:

@@ -6,6 +6,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from pytest_zimage.catalog.model import Unit
+
 SCHEMA = 1
 
 
@@ -50,17 +52,35 @@ class Published(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, o
     std: float = 0.0
     min: float | None = None
     max: float | None = None
+    by_prompt: dict[str, float] = {}
+    """Image scores only: the mean over `seeds` of each prompt, where it was printed."""
+    seeds: tuple[int, ...] = ()
+    """Image scores only: the seeds of every prompt."""
+    source: str = ""
+    """Where it was printed, if not where the file's provenance says."""
 
 
 class MetricBaseline(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Exactly one of `runs`, `published` and `exact` is filled."""
+    """Exactly one of `runs`, `published`, `exact` and `scores` is filled."""
 
-    unit: Literal["s", "bytes", "count"]
-    direction: Literal["lower", "equal"] = "lower"
+    unit: Unit
+    direction: Literal["lower", "higher", "equal"] = "lower"
     runs: tuple[BaseRun, ...] = ()
     published: Published | None = None
     exact: int | dict[str, int] | None = None
     band: Band | None = None
+    scores: dict[str, float] = {}
+    """Image scores by `prompt/seed`."""
+    scorer: str = ""
+    """Identity of what scored; of a published table only as far as it was printed."""
+    unfit: tuple[str, ...] = ()
+    """Prompts of which the scorer could say nothing when this was recorded: they have no scores."""
+    images: str = ""
+    """Digest (`baselines.images.digest`) of the images that `scores` are of; "" where fingerprints are unknown."""
+    margin: float | None = None
+    """Outranks the catalogue's, in the metric's unit."""
+    ceiling: float | None = None
+    """The mean score may not be above it, in any later session and any later baseline."""
     environment: dict[str, str] = {}
     """Only where it differs from the file's, because this metric was recorded at another time. "" is: not recorded."""
 
@@ -70,7 +90,29 @@ class Provenance(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     source: str = ""
 
 
-class Baseline(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BasePrompt(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What the images of one prompt were drawn from. Another text, size or choice of seeds is another measurement."""
+
+    text: str
+    prompt_set: str
+    seeds: tuple[int, ...]
+    """Those drawn first; scores may have further ones."""
+    width: int
+    height: int
+
+
+class BaseImages(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The images that were recorded, by `prompt/seed`."""
+
+    fingerprints: dict[str, str]
+    """SHA-256 of the decoded pixels."""
+    drawn_on: str = ""
+    """Device and processor: what else decides the last bit of a pixel."""
+    previews: dict[str, str] = {}
+    """File names in `<variant>.previews/` beside the baseline."""
+
+
+class Baseline(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One file: `<device>/<engine>-<model set>-<workload>/<variant>.json`."""
 
     schema: int
@@ -80,6 +122,9 @@ class Baseline(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     recorded_at: str
     environment: dict[str, str]
     metrics: dict[str, MetricBaseline]
+    prompts: dict[str, BasePrompt] = {}
+    """Of every prompt that has a score or an image here."""
+    images: BaseImages | None = None
 
     def environment_of(self, metric: str) -> dict[str, str]:
         """The environment that `metric` was recorded in."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
-from pytest_zimage.baselines.layers import Layer, layer_key, layer_of
+from pytest_zimage.baselines.images import previews_folder, prune_previews, put_previews
+from pytest_zimage.baselines.layers import IMAGES, Layer, layer_key, layer_of, layer_of_images
 from pytest_zimage.baselines.reading import NewerSchemaError, read_baseline
-from pytest_zimage.baselines.schema import Baseline, Key, MetricBaseline, Published
+from pytest_zimage.baselines.schema import BaseImages, Baseline, Key, MetricBaseline, Published
 from pytest_zimage.baselines.writing import locked, to_bytes, write_atomically
 from pytest_zimage.catalog import Catalog
 from pytest_zimage.errors import BaselineError
@@ -28,6 +29,20 @@ class Found(Struct, frozen=True, kw_only=True):
     baseline: Baseline
     path: Path
     layer: Layer
+
+
+class FoundImages(Struct, frozen=True, kw_only=True):
+    """The fingerprints and previews of one variant."""
+
+    images: BaseImages
+    path: Path
+    """The baseline file."""
+
+    def preview(self, pair: str) -> Path | None:
+        """The stored preview of `prompt/seed`; None where none was kept, or its file is gone."""
+        name = self.images.previews.get(pair)
+        file = previews_folder(self.path) / name if name else None
+        return file if file is not None and file.is_file() else None
 
 
 class Absent(Struct, frozen=True, kw_only=True):
@@ -67,7 +82,7 @@ class BaselineStore:
         """The baseline of `metric`, or why there is none yet.
 
         Raises `BaselineError` for a file that cannot be trusted, and where the folder of `key` holds baselines but none
-        of this variant or metric: that is a gap, not a beginning.
+        of this variant or metric: that is a gap, not a beginning. A metric that is not `required` leaves no gap.
         """
         layer, path = self.locate(key, metric)
         stored_key = layer_key(key, layer)
@@ -83,11 +98,21 @@ class BaselineStore:
             theirs = baseline.environment.get(MACHINE, "an unnamed machine")
             return Absent(reason=f"{path} was recorded on another machine ({theirs}; this is {self._machine})")
         if metric not in baseline.metrics:
+            if not self._catalog.metrics[metric].required:
+                return Absent(reason=f"{path} has no {metric}, which is judged only where it was recorded")
             raise BaselineError(
                 f"{path}: has no metric {metric!r}; it has {', '.join(sorted(baseline.metrics))}",
                 mend=f"record it: --zimage-config {key.variant} --update-baselines --update-mode new",
             )
         return Found(metric=baseline.metrics[metric], baseline=baseline, path=path, layer=layer)
+
+    def images(self, key: Key) -> FoundImages | None:
+        """The recorded images of `key`'s variant, if any. Raises `BaselineError` for a file that cannot be trusted."""
+        layer, path = self.locate(key, IMAGES)
+        if not path.is_file():
+            return None
+        found = read_baseline(path, layer_key(key, layer), self._catalog.metrics).images
+        return FoundImages(images=found, path=path) if found is not None else None
 
     def neighbours(self, key: Key, metric: str) -> Neighbours:
         """The same metric of the other variants, for the noise they show."""
@@ -119,7 +144,7 @@ class BaselineStore:
                         unit=found.unit,
                         engine=other.engine,
                         model_set=other.model_set,
-                        source=stored.provenance.source,
+                        source=found.published.source or stored.provenance.source,
                     )
         return None
 
@@ -130,12 +155,14 @@ class BaselineStore:
         merge: Callable[[Baseline | None], Baseline | None],
         *,
         replace_unreadable: bool = False,
+        previews: Mapping[str, bytes] | None = None,
     ) -> Path:
         """Replace the file of `key` by what `merge` makes of its present content, while no other session may.
 
         `merge` gets None where there is no file or one of another machine; what it returns is written, None leaves the
         file alone. With `replace_unreadable` a broken file counts as none and is kept beside as `NAME.unreadable`; one
-        of a newer schema is never replaced. Raises `BaselineError`; the old file is then as it was.
+        of a newer schema is never replaced. `previews`, by file name, are kept as far as what is written names them.
+        Raises `BaselineError`; the old file is then as it was.
         """
         path = self.root(layer) / layer_key(key, layer).path()
         with locked(path.parent):
@@ -153,17 +180,26 @@ class BaselineStore:
                 current = None
             merged = merge(current)
             if merged is not None:
+                put_previews(path, merged.images, previews or {}, path.parent.parent)
                 write_atomically(path, to_bytes(self._stamped(merged, layer)))
+                prune_previews(path, merged.images)
         return path
 
     def root(self, layer: Layer) -> Path:
         return self._local if layer == "machine" else self._baselines
 
     def locate(self, key: Key, metric: str) -> tuple[Layer, Path]:
-        """Layer and file of `metric`. Raises `BaselineError` for a metric that the catalogue does not have."""
+        """Layer and file of `metric`, or of the recorded `images`.
+
+        Raises `BaselineError` for a metric that the catalogue does not have.
+        """
+        device = self._catalog.device(key.device)
+        if metric == IMAGES:
+            layer = layer_of_images(device)
+            return layer, self.root(layer) / layer_key(key, layer).path()
         if metric not in self._catalog.metrics:
             raise BaselineError(f"unknown metric {metric!r}", mend=f"known: {', '.join(self._catalog.metrics)}")
-        layer = layer_of(self._catalog.metrics[metric], self._catalog.device(key.device))
+        layer = layer_of(self._catalog.metrics[metric], device)
         return layer, self.root(layer) / layer_key(key, layer).path()
 
     def is_ours(self, baseline: Baseline) -> bool:

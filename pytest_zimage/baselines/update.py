@@ -19,10 +19,10 @@ from pytest_zimage.baselines.merging import (
     Merged,
     Mode,
     common_environment,
-    environment_override,
     merge_metric,
 )
-from pytest_zimage.baselines.schema import SCHEMA, Baseline, Key, MetricBaseline, Provenance
+from pytest_zimage.baselines.rewriting import rewritten
+from pytest_zimage.baselines.schema import Baseline, Key, MetricBaseline
 from pytest_zimage.baselines.store import BaselineStore
 from pytest_zimage.catalog import Catalog
 from pytest_zimage.engines.record import RunRecord
@@ -196,22 +196,13 @@ def _write(
             return None
         environment = common_environment([run.environment for run in one.runs], portable=layer == PORTABLE)
         metrics = {name: answer.stored for name, answer in merged.items() if answer.stored is not None}
-        kept = {
-            name: structs.replace(
-                stored, environment=environment_override(current.environment_of(name), environment) if current else {}
-            )
-            for name, stored in old.items()
-            if name not in metrics
-        }
-        printed = current is not None and any(stored.published for stored in kept.values())
-        return Baseline(
-            schema=SCHEMA,
+        return rewritten(
+            current,
             key=layer_key(one.key, layer),
-            provenance=Provenance(kind="measured", source=current.provenance.source if current and printed else ""),
             reason=reason,
             recorded_at=recorded_at,
             environment=environment,
-            metrics={**kept, **metrics},
+            metrics=metrics,
         )
 
     try:
@@ -244,6 +235,8 @@ def centre(stored: MetricBaseline) -> float | dict[str, int]:
     """The one number (or the counts) that a stored metric is shown as, in its unit."""
     if stored.exact is not None:
         return stored.exact
+    if stored.scores:
+        return statistics.fmean(stored.scores.values())
     if stored.published is not None:
         return stored.published.mean
     return math.exp(statistics.fmean(run_score(run.rounds) for run in stored.runs))

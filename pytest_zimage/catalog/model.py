@@ -12,6 +12,8 @@ from msgspec import Struct
 
 WeightDtype = Literal["default", "fp8_e4m3fn", "fp8_e4m3fn_fast"]
 Kernels = Literal["comfy", "plain"]
+Unit = Literal["s", "bytes", "count", "score", "dB"]
+"""`score`: a number without a unit, such as a cosine."""
 Role = Literal["transformer", "text_encoder", "vae"]
 ROLES: tuple[Role, ...] = ("transformer", "text_encoder", "vae")
 
@@ -123,18 +125,52 @@ class Metric(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     name: str
     title: str
-    unit: Literal["s", "bytes", "count"]
-    kind: Literal["sampled", "exact"]
-    """`sampled` goes through the decision rule; `exact` must be equal, on every machine."""
+    unit: Unit
+    kind: Literal["sampled", "exact", "paired"]
+    """`sampled` goes through the decision rule over runs, `paired` through the one over images of the same prompt and
+    seed; `exact` must be equal, on every machine."""
     prior: float = 0.0
     """s0: relative run-to-run standard deviation assumed until this machine has shown its own."""
     floor: float = 0.0
+    """The smallest standard deviation believed: relative for `sampled`, in the metric's unit for `paired`."""
     band: float = 0.0
     band_absolute: float = 0.0
     """In the metric's unit; the wider of the two bands counts."""
     max_runs: int = 1
     worse: str = "CHANGED"
     better: str = "CHANGED"
+    direction: Literal["lower", "higher"] = "lower"
+    """Which way is good; `exact` knows none."""
+    portable: Literal["always", "between-cpus", "never"] | None = None
+    """Where one baseline serves many machines. None: `exact` always, `sampled` never, `paired` between CPUs."""
+    margin: float = 0.0
+    """`paired`, in its unit, as are the next ones: the mean change that does not matter."""
+    guard: float = 0.0
+    """A single image worse by more than this is a regression, whatever the mean."""
+    limits: tuple[float, float] | None = None
+    """Lowest and highest score that can be."""
+    cap: float | None = None
+    """Scores beyond count as this: equal images have an infinite PSNR."""
+    ceiling_room: float | None = None
+    """A first baseline sets the variant's absolute ceiling this far above its mean; None: there is no ceiling."""
+    controls: bool = False
+    """Whether the scorer is unfit for a prompt whose control images do not lose."""
+    required: bool = True
+    """False: a baseline file without it is no gap, the figure is shown and not judged."""
+
+    def __post_init__(self) -> None:
+        if self.kind != "paired":
+            return
+        for key in ("margin", "guard", "floor"):
+            value = getattr(self, key)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"key {key!r}: {value} is not above 0 and finite, as 'paired' needs")
+        if self.guard < self.margin:
+            raise ValueError(f"key 'guard': {self.guard} is below the margin {self.margin}")
+        if self.limits is not None and not self.limits[0] < self.limits[1]:
+            raise ValueError(f"key 'limits': {list(self.limits)} is not lowest, highest")
+        if self.ceiling_room is not None and (self.direction != "lower" or not 0 < self.ceiling_room < float("inf")):
+            raise ValueError("key 'ceiling_room': needs a finite number above 0 and direction 'lower'")
 
 
 class ModelDims(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

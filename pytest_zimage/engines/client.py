@@ -13,11 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Generic, Self, TypeVar
 
 import msgspec
+from msgspec import Struct
 
 from pytest_zimage import errors
 from pytest_zimage.engines.base import ReportProgress
@@ -27,6 +29,9 @@ from pytest_zimage.errors import EngineError, ZImageError
 _TICK_S = 0.5
 _CLOSE_S = 10.0
 _TAIL_LINES = 15
+
+Asked = TypeVar("Asked", bound=Struct)
+Answered = TypeVar("Answered", bound=Struct)
 
 
 def worker_command(device: str) -> tuple[str, ...]:
@@ -46,8 +51,8 @@ def _environment(gpu: str) -> dict[str, str]:
     return environment
 
 
-class WorkerClient:
-    """One worker process. Use as a context manager: leaving it ends the process, whatever state it is in."""
+class ChildClient(Generic[Asked, Answered]):
+    """One child process and its protocol. A context manager: leaving it ends the process, whatever state it is in."""
 
     def __init__(
         self,
@@ -57,9 +62,12 @@ class WorkerClient:
         *,
         timeout_s: float,
         progress: ReportProgress,
+        decode: Callable[[bytes], Answered],
         gpu: str = "",
     ) -> None:
-        """`what` names the worker in messages ("worker of nvfp4, run 1"); `gpu` is the UUID of the only GPU it may see.
+        """`what` names the process in messages ("worker of nvfp4, run 1"); `gpu` is the UUID of the only GPU it sees.
+
+        `decode` turns a line into one of the protocol's replies and raises `msgspec.MsgspecError` on anything else.
 
         Raises `EngineError` if it cannot start.
         """
@@ -67,6 +75,7 @@ class WorkerClient:
         self._log = log
         self._timeout_s = timeout_s
         self._progress = progress
+        self._decode = decode
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as stderr:
             try:
@@ -95,7 +104,7 @@ class WorkerClient:
     def pid(self) -> int:
         return self._process.pid
 
-    def __enter__(self) -> WorkerClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -103,16 +112,20 @@ class WorkerClient:
     ) -> None:
         self.end()
 
-    def ask(self, request: Request, stage: str) -> Reply:
+    def ask(self, request: Asked | Close, stage: str) -> Answered:
         """Send one request and return its reply.
 
-        Raises the error that the worker reports, or `EngineError` if it died, hung or answered nonsense.
+        Raises the error that the process reports, or `EngineError` if it died, hung or answered nonsense.
         """
-        with contextlib.suppress(BrokenPipeError):
-            self._stdin.write(encode(request))
+        self.send(request)
         return self.receive(stage)
 
-    def receive(self, stage: str) -> Reply:
+    def send(self, request: Asked | Close) -> None:
+        """Send one request without waiting; replies come in the order of the requests."""
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.write(encode(request))
+
+    def receive(self, stage: str) -> Answered:
         """The next reply that is not progress."""
         last_sign = time.monotonic()
         shown = Progress(stage)
@@ -169,9 +182,9 @@ class WorkerClient:
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line or b" "
 
-    def _parse(self, line: bytes) -> Reply:
+    def _parse(self, line: bytes) -> Answered:
         try:
-            return decode_reply(line)
+            return self._decode(line)
         except msgspec.MsgspecError as error:
             raise self._nonsense(f"{error}: {line[:200]!r}") from error
 
@@ -211,3 +224,20 @@ class WorkerClient:
     def _tail(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
         return "\nlast lines of its log:\n" + "\n".join(f"    {line}" for line in lines) if lines else ""
+
+
+class WorkerClient(ChildClient[Request, Reply]):
+    """The client of an engine's worker process."""
+
+    def __init__(
+        self,
+        what: str,
+        log: Path,
+        command: Sequence[str],
+        *,
+        timeout_s: float,
+        progress: ReportProgress,
+        gpu: str = "",
+    ) -> None:
+        """As `ChildClient`, with the protocol of `engines.protocol`."""
+        super().__init__(what, log, command, timeout_s=timeout_s, progress=progress, decode=decode_reply, gpu=gpu)

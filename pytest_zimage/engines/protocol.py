@@ -185,7 +185,7 @@ _requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 _replies: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
 
 
-def encode(message: Request | Reply) -> bytes:
+def encode(message: Struct) -> bytes:
     """One line, newline included."""
     return _encoder.encode(message) + b"\n"
 

@@ -7,16 +7,16 @@ what was standard output, which is taken away from everything else so that no li
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from msgspec import structs
 
+from pytest_zimage.engines.pipes import die_with_parent, take_stdout
 from pytest_zimage.engines.protocol import (
     Close,
     Closed,
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from pytest_zimage.engines.diffusers_engine import DiffusersEngine
     from pytest_zimage.probes.memory import MemorySampler
 
-_PR_SET_PDEATHSIG = 1
-
 Say = Callable[[Reply], None]
 
 
@@ -48,8 +46,8 @@ def main(arguments: list[str]) -> int:
     """`arguments`: the torch device, `cpu` or `cuda:N`."""
     started = time.perf_counter()
     (device,) = arguments
-    _die_with_parent()
-    replies = _take_stdout()
+    die_with_parent()
+    replies = take_stdout()
 
     def say(reply: Reply) -> None:
         replies.write(encode(reply))
@@ -104,25 +102,6 @@ def _report(sampler: MemorySampler, device: str) -> Reported:
     from pytest_zimage.probes.memory import peaks
 
     return Reported(**structs.asdict(peaks(sampler, torch, device)))
-
-
-def _take_stdout() -> BinaryIO:
-    """The real standard output for replies; whatever else prints goes to standard error."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return replies
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to end this process when the one that started it is gone, even while a kernel call hangs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        import ctypes
-
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            sys.exit(1)
 
 
 if __name__ == "__main__":

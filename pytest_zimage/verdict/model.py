@@ -10,8 +10,16 @@ Outcome = Literal["pass", "regression", "improvement", "inconclusive", "no-basel
 """The class of a verdict; `Verdict.verdict` is the word a person reads (SLOWER, BIGGER, ...)."""
 
 
+Scale = Literal["relative", "absolute"]
+"""Of change, interval, band, noise and mde: ratios (0.03 is 3 %, a change is new/base - 1), or the metric's own unit (a
+change is new - base)."""
+
+
 class Judgement(Struct, frozen=True, kw_only=True):
-    """The decision rule's answer for one metric; ratios are relative (0.03 is 3 %), changes new/base - 1."""
+    """The decision rule's answer for one metric; ratios are relative (0.03 is 3 %), changes new/base - 1.
+
+    With `scale` `absolute`, as for paired image scores, they are in the metric's unit, and runs are pairs of images.
+    """
 
     outcome: Outcome
     value: float | None = None
@@ -29,8 +37,9 @@ class Judgement(Struct, frozen=True, kw_only=True):
     k_base: int = 0
     k_new: int = 0
     wants_more: bool = False
-    """True while another fresh run could settle it."""
+    """True while another fresh run, or further seeds, could settle it."""
     notes: tuple[str, ...] = ()
+    scale: Scale = "relative"
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
@@ -61,3 +70,6 @@ class Verdict(Struct, frozen=True, kw_only=True):
     injected: bool = False
     reference: str = ""
     """A published figure shown beside a verdict that has no baseline of its own."""
+    scale: Scale = "relative"
+    """Of change, interval, band, noise and mde: `relative` are ratios, `absolute` is the metric's own unit, and what
+    k_base and k_new count are then pairs of images."""

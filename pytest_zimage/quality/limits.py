@@ -1,0 +1,43 @@
+"""The constants of the image checks and of the controls, from `limits.toml`, where each has its reason."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import msgspec
+from msgspec import Struct
+
+from pytest_zimage.errors import CatalogError
+
+
+class ImageLimits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a file must be to count as an image at all."""
+
+    min_std: float
+    min_colours: int
+    max_black_share: float
+    max_saturated_share: float
+    max_flat_lines_share: float
+
+
+class ControlLimits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What makes CLIPScore fit to judge a prompt."""
+
+    gap: float
+    """On the scale of the cosine, -1 to 1."""
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Both."""
+
+    image: ImageLimits
+    controls: ControlLimits
+
+
+def load_limits() -> Limits:
+    """The limits that come with the package. Raises `CatalogError` if their file was broken by hand."""
+    text = resources.files("pytest_zimage.quality").joinpath("limits.toml").read_bytes()
+    try:
+        return msgspec.toml.decode(text, type=Limits)
+    except msgspec.MsgspecError as error:
+        raise CatalogError(f"quality/limits.toml: {error}", mend="install pytest-zimage again") from error
