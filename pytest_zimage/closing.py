@@ -34,6 +34,7 @@ def note_error(item: pytest.Item, error: BaseException, report: pytest.TestRepor
 
 def finish(session: pytest.Session, ours: ZImageSession) -> None:
     """Hand the findings to xdist's controller, or write the results file."""
+    ours.close()
     ours.progress.clear()
     part = _part(ours)
     if is_worker(session.config):

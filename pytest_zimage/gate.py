@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -11,6 +11,7 @@ from pytest_zimage.catalog import Variant, Workload
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import BaselineError, ZImageError
 from pytest_zimage.judging import judge_metric
+from pytest_zimage.judging_quality import SOUND, judge_images, judge_quality, record_quality
 from pytest_zimage.recording import REFUSED, record_metrics
 from pytest_zimage.reports.benchmark_bridge import replay
 from pytest_zimage.reports.delta import delta_text, headline
@@ -24,8 +25,8 @@ class Measurement:
     """One metric of one variant, measured at least once in this session."""
 
     metric: str
-    sample: Sample
-    """What the first run says, in the metric's unit."""
+    sample: Sample = field(default_factory=Sample)
+    """What the first run says, in the metric's unit; image scores are taken when they are judged."""
 
 
 class ZImage:
@@ -91,6 +92,26 @@ class ZImage:
         """Transformer forwards of one image."""
         return self.measure("forwards")
 
+    def sound_images(self) -> Measurement:
+        """Whether the variant's images are images at all: not blank, uniform or saturated."""
+        return Measurement(SOUND)
+
+    def clip_score(self) -> Measurement:
+        """Cosine of image and text, by prompt and seed."""
+        return Measurement("clip_score")
+
+    def lpips(self) -> Measurement:
+        """Perceptual distance to the bf16 image of the same prompt and seed, made in the same build."""
+        return Measurement("lpips")
+
+    def psnr(self) -> Measurement:
+        """Peak signal-to-noise ratio against that image, dB."""
+        return Measurement("psnr")
+
+    def ssim(self) -> Measurement:
+        """Structural similarity to that image."""
+        return Measurement("ssim")
+
     def measure(self, metric: str) -> Measurement:
         """Raises a `ZImageError` if the run fails."""
         sample = take(metric, self.record)
@@ -117,15 +138,34 @@ class ZImage:
         verdicts: list[Verdict] = []
         errors: list[ZImageError] = []
         if self._session.settings.update_baselines:
-            verdicts = record_metrics(self._session, test, self.variant, names)
+            verdicts = self._recorded(test, names)
         else:
             for name in names:
                 try:
-                    verdicts.append(judge_metric(self._session, test, self.variant, name))
+                    verdicts.append(self._judged(test, name))
                 except ZImageError as error:  # the other metrics are judged all the same
                     errors.append(error)
         self._session.verdicts.extend(verdicts)
         self._conclude(verdicts, errors)
+
+    def _judged(self, test: str, name: str) -> Verdict:
+        if name == SOUND:
+            return judge_images(self._session, test, self.variant)
+        judged = judge_quality if self._is_score(name) else judge_metric
+        return judged(self._session, test, self.variant, name)
+
+    def _recorded(self, test: str, names: tuple[str, ...]) -> list[Verdict]:
+        scores = tuple(name for name in names if name != SOUND and self._is_score(name))
+        others = tuple(name for name in names if name != SOUND and name not in scores)
+        verdicts = [judge_images(self._session, test, self.variant)] if SOUND in names else []
+        if others:
+            verdicts += record_metrics(self._session, test, self.variant, others)
+        if scores:
+            verdicts += record_quality(self._session, test, self.variant, scores)
+        return verdicts
+
+    def _is_score(self, name: str) -> bool:
+        return self._session.catalog.metrics[name].kind == "paired"
 
     def _conclude(self, verdicts: list[Verdict], errors: list[ZImageError]) -> None:
         strict = self._session.settings.strict
@@ -148,4 +188,5 @@ class ZImage:
         return delta_text(verdict, self._title(verdict), self._session.repeated_options)
 
     def _title(self, verdict: Verdict) -> str:
-        return self._session.catalog.metrics[verdict.metric].title
+        metric = self._session.catalog.metrics.get(verdict.metric)
+        return metric.title if metric else verdict.metric

@@ -1,8 +1,8 @@
 """The images that quality is judged on: which are drawn, where they are kept, and when earlier ones may be used again.
 
 They lie under `.zimage/images/<variant>-<build>/`. The build covers everything that may change a pixel: packages,
-device and machine, weights, the variant's own table, size, prompts, and the code that draws. An image of another build is
-never used.
+device and machine, weights, the variant's own table, size, prompts, and the code that draws. An image of another build
+is never used.
 """
 
 from __future__ import annotations

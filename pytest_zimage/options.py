@@ -32,6 +32,14 @@ class Settings:
     tokenizer: Path | None
     workload: str | None
     """None: the one that suits the model set."""
+    prompts: str
+    """The prompt set that image quality is judged on."""
+    clip: str | None
+    """The scorers; None: those that suit the model set."""
+    lpips: str | None
+    scorers: Path | None
+    """A folder of scorer weights, searched before the usual caches."""
+    allow_download: bool
     device: str
     rounds: int
     runs: int | None
@@ -40,8 +48,8 @@ class Settings:
     local_baselines: Path
     results: Path | None
     strict: bool
-    inject: tuple[tuple[str, float], ...]
-    """Metric and amount: a fraction, or bytes for `memory`."""
+    inject: tuple[tuple[str, float | str], ...]
+    """Metric and amount: a fraction, bytes for `memory`, a kind of fault for `quality`."""
     update_baselines: bool
     update_reason: str
     update_mode: UpdateMode
@@ -104,6 +112,20 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("tokenizer", "folder of the text encoder's tokenizer, if the model folder has none", readers.path, "DIR"),
     Option("workload", "what is drawn (default: turbo-tiny on synthetic-tiny, else turbo-1024)", metavar="NAME"),
+    Option("prompts", "prompts and seeds that quality is judged on", metavar="SET", default="quality-6x3"),
+    Option(
+        "clip",
+        "what gives the CLIPScore: ARCH:PRETRAINED in open_clip's words, or tiny-clip"
+        " (default: tiny-clip on synthetic weights, else ViT-B-32)",
+        metavar="ARCH:PRETRAINED",
+    ),
+    Option(
+        "lpips",
+        "what gives LPIPS: alex or tiny-alex (default: tiny-alex on synthetic weights, else alex)",
+        choices=("alex", "tiny-alex"),
+    ),
+    Option("scorers", "folder of scorer weights, searched before the usual caches", readers.path, "DIR"),
+    Option("allow_download", "let the hub be asked for scorer weights that are nowhere on this machine", flag=True),
     Option("device", "auto, cpu, cuda or cuda:N (default: auto)", metavar="DEVICE", default="auto"),
     Option("rounds", "timed images in each run (default: 10)", readers.positive_int, "N", "10"),
     Option(
@@ -117,7 +139,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("strict", "fail what has no baseline or stays inconclusive, instead of skipping it", flag=True),
     Option(
         "inject",
-        "slow or enlarge the worker on purpose, to see a gate fail: warm_latency=+5%%, cold_load=+40%%, memory=+500MB",
+        "make the worker worse on purpose, to see a gate fail: warm_latency=+5%%, cold_load=+40%%, memory=+500MB,"
+        " quality=noise:0.05, quality=black, quality=swap-prompts, quality=wrong-seed",
         readers.injection,
         "METRIC=AMOUNT",
         many=True,
@@ -181,7 +204,8 @@ def given(config: pytest.Config) -> bool:
 
 def repeated_options(config: pytest.Config) -> list[str]:
     """The options of this command line that decide what is measured and against what, for a command to run next."""
-    again = ("engine", "models", "tokenizer", "workload", "device", "rounds", "baselines", "catalog", "cache")
+    again = {"engine", "models", "tokenizer", "workload", "prompts", "clip", "lpips", "scorers", "device", "rounds"}
+    again |= {"baselines", "catalog", "cache"}
     words: list[str] = []
     for row in OPTIONS:
         found = config.getoption(row.dest, None)

@@ -27,6 +27,7 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     lanes.register_markers(config)
+    config.addinivalue_line("markers", "zimage_images: judges images, so each variant's first run draws them too")
     if config.pluginmanager.hasplugin("xdist"):
         from pytest_zimage.xdist import XdistHooks
 
@@ -64,6 +65,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         from pytest_zimage.collect import check_collection
 
         check_collection(config, items)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any(item.get_closest_marker("zimage_images") for item in session.items):
+        from pytest_zimage.session import start
+
+        start(session.config).wants_images = True
 
 
 @pytest.hookimpl(wrapper=True)

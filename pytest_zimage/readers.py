@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 _AMOUNT = re.compile(r"\+?(\d+(?:\.\d+)?)\s*(%|KB|MB|GB|KiB|MiB|GiB|B)")
+_FAULT = re.compile(r"noise:0\.\d*[1-9]\d*|black|swap-prompts|wrong-seed")
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -35,13 +36,20 @@ def seconds(option: str, text: str, base: Path) -> float:
     return value
 
 
-def injection(option: str, text: str, base: Path) -> tuple[str, float]:
+def injection(option: str, text: str, base: Path) -> tuple[str, float | str]:
     metric, _, amount = text.partition("=")
+    if metric == "quality":
+        if not _FAULT.fullmatch(amount):
+            raise pytest.UsageError(
+                f"{option} {text}: write quality=noise:0.05, quality=black, quality=swap-prompts or quality=wrong-seed"
+            )
+        return metric, amount
     match = _AMOUNT.fullmatch(amount.strip())
     known = {"warm_latency": "%", "cold_load": "%", "memory": "B"}
     if metric not in known or not match or (match[2] == "%") != (known[metric] == "%") or float(match[1]) <= 0:
         raise pytest.UsageError(
-            f"{option} {text}: write METRIC=AMOUNT, for example warm_latency=+5%, cold_load=+40% or memory=+500MB"
+            f"{option} {text}: write METRIC=AMOUNT, for example warm_latency=+5%, cold_load=+40%, memory=+500MB"
+            " or quality=black"
         )
     number = float(match[1])
     return metric, number / 100 if match[2] == "%" else number * _BYTES[match[2]]

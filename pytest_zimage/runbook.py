@@ -17,9 +17,11 @@ from msgspec import Struct, json
 
 from pytest_zimage import errors
 from pytest_zimage.engines.base import ReportProgress
+from pytest_zimage.engines.protocol import DrawnImage
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import EngineError, MeasurementError, ZImageError
 
+_IMAGES = ".images.json"
 _OTHER_CACHE = "name a cache folder that can be written to: --zimage-cache DIR"
 
 
@@ -45,23 +47,33 @@ class RunBook:
     def get(self, variant: str, index: int, measure: Callable[[], RunRecord], progress: ReportProgress) -> RunRecord:
         """The run, measured now if nobody has yet. Raises the `ZImageError` the run ended with."""
         path = self._folder / f"{variant}-{index + 1}.json"
+        return RunRecord.from_json(self._made(path, lambda: measure().to_json(), progress))
+
+    def images(
+        self, name: str, draw: Callable[[], tuple[DrawnImage, ...]], progress: ReportProgress
+    ) -> tuple[DrawnImage, ...]:
+        """Images drawn outside of any run, by whichever process needs them first; errors as for `get`."""
+        path = self._folder / f"{name}{_IMAGES}"
+        return json.decode(self._made(path, lambda: json.encode(draw()), progress), type=tuple[DrawnImage, ...])
+
+    def _made(self, path: Path, make: Callable[[], bytes], progress: ReportProgress) -> bytes:
         failed = path.with_suffix(".error.json")
         if not path.exists() and not failed.exists():
-            with self._device(progress):
+            with self.device(progress):
                 # Another process may have measured it while this one waited for the device.
                 if not path.exists() and not failed.exists():
                     try:
-                        _write(path, measure().to_json())
+                        _write(path, make())
                     except ZImageError as error:
                         _write(failed, json.encode(StoredError(type(error).__name__, error.message, error.mend)))
                     except Exception as error:  # a fault of an engine's own code: told once with its traceback
-                        text = f"run {index + 1} of {variant} ended with {type(error).__name__}: {error}"
+                        text = f"{path.stem} ended with {type(error).__name__}: {error}"
                         mend = "the first failing test of this variant has the traceback"
                         _write(failed, json.encode(StoredError(EngineError.__name__, text, mend)))
                         raise
         if failed.exists():
             raise _read_error(failed)
-        return RunRecord.from_json(path.read_bytes())
+        return path.read_bytes()
 
     def recorded(self, variant: str) -> list[RunRecord]:
         """The runs of `variant` that succeeded so far, in order."""
@@ -72,11 +84,12 @@ class RunBook:
 
     def all(self) -> list[RunRecord]:
         """Every run of the session that succeeded, in the order they were made."""
-        paths = [path for path in self._folder.glob("*.json") if not path.name.endswith(".error.json")]
+        paths = [path for path in self._folder.glob("*.json") if not path.name.endswith((".error.json", _IMAGES))]
         return [RunRecord.from_json(path.read_bytes()) for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns)]
 
     @contextmanager
-    def _device(self, progress: ReportProgress) -> Iterator[None]:
+    def device(self, progress: ReportProgress) -> Iterator[None]:
+        """Hold the device: nothing is timed on it meanwhile."""
         with _on_disk(self._lock, _OTHER_CACHE):
             lock = self._lock.open("w")
         with lock:

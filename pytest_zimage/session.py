@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +39,7 @@ from pytest_zimage.xdist import is_worker
 
 if TYPE_CHECKING:
     from pytest_zimage.baselines.update import UpdateResult
+    from pytest_zimage.desk import QualityDesk
     from pytest_zimage.reports.results import ErrorRow
     from pytest_zimage.verdict.model import Verdict
 
@@ -55,6 +59,8 @@ class ZImageSession:
         self.updates: list[UpdateResult] = []
         self.results_path: Path | None = None
         self.closing_error: ZImageError | None = None
+        self.wants_images = False
+        """Whether a test of this session judges images: then each variant's first run draws them too."""
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -132,9 +138,10 @@ class ZImageSession:
     def injection(self) -> Injection:
         amounts = dict(self.settings.inject)
         return Injection(
-            warm_latency=amounts.get("warm_latency", 0.0),
-            cold_load=amounts.get("cold_load", 0.0),
+            warm_latency=float(amounts.get("warm_latency", 0.0)),
+            cold_load=float(amounts.get("cold_load", 0.0)),
             memory_bytes=int(amounts.get("memory", 0)),
+            quality=str(amounts.get("quality", "")),
         )
 
     @property
@@ -169,18 +176,42 @@ class ZImageSession:
     def run(self, variant: Variant, index: int) -> RunRecord:
         """Run number `index` of `variant`, measured at most once in the whole session."""
 
-        def progress(stage: str, done: int, total: int) -> None:
-            self.progress.update(variant.name, index + 1, stage, done, total)
+        with self.reporting(variant.name, index) as progress:
 
-        def measure() -> RunRecord:
-            return self.engine.run(self._plan(variant, index, progress), progress)
+            def measure() -> RunRecord:
+                plan = self.plan(variant, index, progress)
+                if index == 0 and self.wants_images:
+                    plan = replace(plan, images=self.desk.request(plan))
+                return self.engine.run(plan, progress)
+
+            return self.book.get(variant.name, index, measure, progress)
+
+    @contextmanager
+    def reporting(self, what: str, index: int = 0) -> Iterator[ReportProgress]:
+        """Progress of long work on `what`, shown while it lasts."""
+
+        def progress(stage: str, done: int, total: int) -> None:
+            self.progress.update(what, index + 1, stage, done, total)
 
         try:
-            return self.book.get(variant.name, index, measure, progress)
+            yield progress
         finally:
             self.progress.finish()
 
-    def _plan(self, variant: Variant, index: int, progress: ReportProgress) -> RunPlan:
+    @cached_property
+    def desk(self) -> QualityDesk:
+        """Where images are asked for and judged."""
+        from pytest_zimage.desk import QualityDesk
+
+        return QualityDesk(self)
+
+    def close(self) -> None:
+        """End what this session started."""
+        if "desk" in vars(self):
+            self.desk.close()
+
+    def plan(self, variant: Variant, index: int, progress: ReportProgress) -> RunPlan:
+        """What to ask of an engine for run `index`; the synthetic files are written first where they are not there."""
         model_set = self.model_set
         model_set.ensure(
             variant.files().values(),

@@ -183,7 +183,9 @@ def test_missing_weights_name_everything_searched(published, tmp_path):
 
 
 def test_the_default_is_named_by_its_repository(published):
-    with pytest.raises(MissingFileError, match=r"ViT-B-32:laion2b_s34b_b79k(.|\n)*laion/CLIP-ViT-B-32-laion2B-s34B-b79K"):
+    with pytest.raises(
+        MissingFileError, match=r"ViT-B-32:laion2b_s34b_b79k(.|\n)*laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+    ):
         open_clip_scorer(ScorerChoice(clip="ViT-B-32"), CPU)
 
 
@@ -201,7 +203,7 @@ def test_pickled_clip_weights_are_refused_unread(published, tmp_path):
     published.unlink()
     mark = tmp_path / "unpickled"
     (published.parent / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
-    with pytest.raises(MissingFileError, match="open_clip_pytorch_model.bin is there, but it is a pickle"):
+    with pytest.raises(MissingFileError, match=r"open_clip_pytorch_model.bin is there, but it is a pickle"):
         open_clip_scorer(CHOICE, CPU)
     with pytest.raises(UnsupportedError, match="ViT-test:pickled is published as a pickle only"):
         open_clip_scorer(ScorerChoice(clip="ViT-test:pickled"), CPU)
@@ -363,7 +365,7 @@ def test_an_alexnet_that_is_none(alexnet):
     state = load_file(alexnet)
     save_file({**state, "features.3.weight": torch.zeros(192, 64, 3, 3)}, alexnet)
     choice = ScorerChoice(lpips="alex", folder=str(alexnet.parent))
-    with pytest.raises(CheckpointError, match="alexnet-owt-7be5be79.safetensors: is no AlexNet"):
+    with pytest.raises(CheckpointError, match=r"alexnet-owt-7be5be79.safetensors: is no AlexNet"):
         open_lpips_scorer(choice, CPU)
     save_file({name: value for name, value in state.items() if name != "features.8.bias"}, alexnet)
     with pytest.raises(CheckpointError, match=r"features\.8\.bias is missing"):
@@ -392,7 +394,8 @@ def test_tiny_lpips_grows_with_the_damage(images):
     whole = pixels(images[0])
     random = np.random.RandomState(0)
     noisy = [
-        (whole + random.normal(0, share * 255, whole.shape)).clip(0, 255).astype(np.uint8) for share in (0.01, 0.05, 0.2)
+        (whole + random.normal(0, share * 255, whole.shape)).clip(0, 255).astype(np.uint8)
+        for share in (0.01, 0.05, 0.2)
     ]
     distances = scorer.distances([*noisy, np.zeros_like(whole)], [whole] * 4)
     assert distances[0] < distances[1] < distances[2]
@@ -438,7 +441,7 @@ def test_images_too_small_for_lpips(tmp_path, side, works):
     if works:
         assert scoring.score([item], lambda *_: None)[0].against.lpips == 0
     else:
-        with pytest.raises(MeasurementError, match="small.png: 96x34 is too small for LPIPS"):
+        with pytest.raises(MeasurementError, match=r"small.png: 96x34 is too small for LPIPS"):
             scoring.score([item], lambda *_: None)
 
 

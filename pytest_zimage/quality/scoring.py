@@ -36,8 +36,8 @@ Report = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 _BATCH = 16
-_LPIPS_PIXELS = 4 << 20
-"""Pixels of one LPIPS batch: AlexNet's first layer holds 16 floats for each of them."""
+_LPIPS_PIXELS = 1 << 20
+"""Pixels of one LPIPS batch: a 1024x1024 image by itself, as batching gains nothing there and costs memory."""
 _LPIPS_MIN_SIDE = 35
 """Smaller images leave nothing after AlexNet's two poolings."""
 

@@ -1,0 +1,203 @@
+"""From images to a verdict: scored, held against their baseline pair by pair, with more seeds where needed."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from pytest_zimage.baselines.compare_quality import compare_quality
+from pytest_zimage.baselines.quality import Evidence, drawn_pairs, identity_to
+from pytest_zimage.baselines.quality_update import MeasuredQuality, update_quality
+from pytest_zimage.baselines.store import Absent, Found
+from pytest_zimage.catalog import Metric, Variant
+from pytest_zimage.probes import environment
+from pytest_zimage.quality.diagnosis import Drawn, causes
+from pytest_zimage.reports import units
+from pytest_zimage.session import ZImageSession
+from pytest_zimage.verdict.model import Judgement, Verdict
+from pytest_zimage.verdict.words import word
+
+SOUND = "images"
+"""The check that asks no scorer; it has no baseline and no row in the catalogue."""
+
+
+def judge_images(session: ZImageSession, test: str, variant: Variant) -> Verdict:
+    """Whether every image is one at all: not blank, not uniform, not saturated, of the right size."""
+    evidence = session.desk.evidence(variant)
+    count = len(evidence.pairs)
+    return Verdict(
+        test=test,
+        variant=variant.name,
+        metric=SOUND,
+        unit="count",
+        verdict="BROKEN" if evidence.problems else "PASS",
+        outcome="error" if evidence.problems else "pass",
+        value=float(count),
+        k_new=count,
+        scale="absolute",
+        notes=(*evidence.problems[:6], *_more(evidence.problems)),
+        injected=evidence.injected,
+    )
+
+
+def judge_quality(session: ZImageSession, test: str, variant: Variant, name: str) -> Verdict:
+    """The verdict on one image metric; inconclusive ones take more seeds, stage by stage."""
+    metric = session.catalog.metrics[name]
+    if blind := blind_scorer(session, test, variant, metric):
+        return blind
+    stages = session.desk.stages
+    for stage, more in enumerate(stages):
+        evidence = session.desk.evidence(variant, more)
+        found = session.store.find(session.key(variant), name)
+        following = stages[stage + 1] if stage + 1 < len(stages) else None
+        further = drawn_pairs(session.desk.prompts, following)[len(evidence.pairs) :] if following else ()
+        judgement = _judge(metric, evidence, found, further)
+        if not judgement.wants_more:
+            break
+    return _explained(session, test, variant, metric, evidence, found, judgement)
+
+
+def record_quality(session: ZImageSession, test: str, variant: Variant, metrics: tuple[str, ...]) -> list[Verdict]:
+    """Record the scores of `metrics` instead of judging them, with fingerprints and previews."""
+    evidence = session.desk.evidence(variant)
+    blind = [blind_scorer(session, test, variant, session.catalog.metrics[name]) for name in metrics]
+    recordable = tuple(name for name, verdict in zip(metrics, blind, strict=True) if verdict is None)
+    results = update_quality(
+        session.store,
+        session.catalog,
+        [MeasuredQuality(key=session.key(variant), evidence=evidence, metrics=recordable)] if recordable else [],
+        mode=session.settings.update_mode,
+        reason=session.settings.update_reason,
+        recorded_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    # Every test of the variant records the same images; once is enough to be told.
+    session.updates.extend(row for row in results if row.metric != SOUND or row.action != "unchanged")
+    return [verdict for verdict in blind if verdict is not None] + [
+        Verdict(
+            test=test,
+            variant=result.variant,
+            metric=result.metric,
+            unit=result.unit,
+            verdict=result.action.upper(),
+            outcome="error" if result.action == "refused" else "pass",
+            value=result.new,
+            baseline=result.old,
+            scale="absolute",
+            k_base=result.runs_old,
+            k_new=len(evidence.pairs),
+            notes=tuple(text for text in (result.reason, result.mend and f"mend: {result.mend}") if text),
+        )
+        for result in results
+    ]
+
+
+def blind_scorer(session: ZImageSession, test: str, variant: Variant, metric: Metric) -> Verdict | None:
+    """The verdict UNFIT, if the scorer tells no prompt's own images from the controls: then its scores say nothing."""
+    outcomes = session.desk.controls if metric.controls else ()
+    if not outcomes or any(outcome.fit for outcome in outcomes):
+        return None
+    worst = min(outcomes, key=lambda outcome: outcome.lead)
+    evidence = session.desk.evidence(variant)
+    return Verdict(
+        test=test,
+        variant=variant.name,
+        metric=metric.name,
+        unit=metric.unit,
+        verdict=word("unfit", metric),
+        outcome="unfit",
+        scale="absolute",
+        k_new=len(evidence.pairs),
+        notes=(
+            f"the scorer is blind here: for none of the {len(outcomes)} prompts do bf16's own images beat every control"
+            f" by {worst.gap:g}; the worst is {worst.prompt}, where they score {worst.real:.3f} and"
+            f" {worst.strongest} scores {worst.controls[worst.strongest]:.3f}",
+            f"scorer: {evidence.scores[metric.name].scorer}",
+        ),
+        injected=evidence.injected,
+    )
+
+
+def _judge(metric: Metric, evidence: Evidence, found: Found | Absent, further: tuple[str, ...]) -> Judgement:
+    if isinstance(found, Absent):
+        scores = evidence.scores[metric.name].by_pair
+        return Judgement(
+            outcome="no-baseline",
+            scale="absolute",
+            value=sum(scores.values()) / len(scores),
+            k_new=len(scores),
+            notes=(found.reason,),
+        )
+    return compare_quality(metric, evidence, found, further=further)
+
+
+def _explained(
+    session: ZImageSession,
+    test: str,
+    variant: Variant,
+    metric: Metric,
+    evidence: Evidence,
+    found: Found | Absent,
+    judgement: Judgement,
+) -> Verdict:
+    stored = found.baseline if isinstance(found, Found) else None
+    explain = judgement.outcome in ("regression", "inconclusive", "unfit") and stored is not None
+    notes = [*judgement.notes]
+    if judgement.outcome in ("regression", "inconclusive"):
+        notes += [*evidence.problems[:3], *_causes(session, variant, found), *_side_by_side(session, variant, found)]
+    return Verdict(
+        test=test,
+        variant=variant.name,
+        metric=metric.name,
+        unit=metric.unit,
+        verdict=word(judgement.outcome, metric),
+        outcome=judgement.outcome,
+        scale=judgement.scale,
+        value=judgement.value,
+        baseline=judgement.baseline,
+        change=judgement.change,
+        interval=judgement.interval,
+        band=judgement.band,
+        noise=judgement.noise,
+        mde=judgement.mde,
+        k_base=judgement.k_base,
+        k_new=judgement.k_new,
+        samples=(tuple(evidence.scores[metric.name].by_pair.values()),),
+        notes=tuple(notes),
+        environment_changed=environment.diff(stored.environment, evidence.environment) if explain and stored else {},
+        injected=evidence.injected,
+        reference=_reference(session, variant, metric) if stored is None else "",
+    )
+
+
+def _causes(session: ZImageSession, variant: Variant, found: Found | Absent) -> list[str]:
+    """What probably happened, in words; images that are blank have been told already."""
+    recorded = found.baseline.images.fingerprints if isinstance(found, Found) and found.baseline.images else {}
+    images, references = session.desk.images(variant), session.desk.references()
+    drawn = [
+        Drawn(image.prompt, image.seed, image.path, reference.path, image.pixels_sha256)
+        for image, reference in zip(images, references, strict=True)
+    ]
+    return [f"probable cause: {cause}" for cause in causes(drawn, recorded)]
+
+
+def _side_by_side(session: ZImageSession, variant: Variant, found: Found | Absent) -> list[str]:
+    """Where to look: the recorded preview and the new image of the first pairs that differ."""
+    if isinstance(found, Absent) or found.baseline.images is None:
+        return []
+    identity = identity_to(session.desk.evidence(variant), found.baseline)
+    new = {f"{image.prompt}/{image.seed}": image.path for image in session.desk.images(variant)}
+    previews = found.baseline.images.previews
+    folder = found.path.with_suffix(".previews")
+    differ = identity.differ if identity else ()
+    return [f"{pair}: recorded {folder / previews[pair]}, now {new[pair]}" for pair in differ[:3] if pair in previews]
+
+
+def _more(problems: tuple[str, ...]) -> tuple[str, ...]:
+    return (f"and {len(problems) - 6} more",) if len(problems) > 6 else ()
+
+
+def _reference(session: ZImageSession, variant: Variant, metric: Metric) -> str:
+    found = session.store.published_reference(session.key(variant), metric.name)
+    if found is None:
+        return ""
+    printed = units.value(found.published.mean, found.unit)
+    return f"published: {printed} through {found.engine} with {found.model_set} weights ({found.source})"
