@@ -28,6 +28,7 @@ baselines: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/decision_rule.py
+	$(BIN)/python benchmarks/paired_rule.py
 	$(BIN)/python benchmarks/import_cost.py
 	$(BIN)/python benchmarks/harness_overhead.py
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,11 @@ from pytest_zimage.errors import ZImageError
 from pytest_zimage.reports import results as results_file
 from pytest_zimage.reports.results import ErrorRow, Results
 from pytest_zimage.reports.table import update_table, verdict_table
-from pytest_zimage.session import ZImageSession, prune_sessions, start
+from pytest_zimage.session import ZImageSession, start
 from pytest_zimage.xdist import is_worker
+
+_KEPT = 40
+"""Folders of sessions, and of images by build."""
 
 
 def note_error(item: pytest.Item, error: BaseException, report: pytest.TestReport) -> None:
@@ -45,7 +50,8 @@ def finish(session: pytest.Session, ours: ZImageSession) -> None:
     _write_results(ours, part)
     if ours.closing_error is not None and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    prune_sessions(ours.folder)
+    _prune(ours.folder.parent)
+    _prune(ours.settings.work / "images")
 
 
 def _write_results(ours: ZImageSession, part: Results) -> None:
@@ -112,3 +118,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [str(item) if not isinstance(item, tuple) else "=".join(map(str, item)) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _prune(folder: Path) -> None:
+    """Keep what the last sessions left only; what a running session uses is the newest."""
+    kept = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns) if folder.is_dir() else []
+    for old in kept[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)

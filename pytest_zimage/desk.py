@@ -7,7 +7,7 @@ them. Controls are scored on those too, since they ask whether the scorer is fit
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -29,9 +29,11 @@ from pytest_zimage.quality.limits import load_limits
 from pytest_zimage.quality.protocol import (
     TINY_CLIP,
     TINY_LPIPS,
+    Comparison,
     ControlPrompt,
     ImageScore,
     Item,
+    PathPair,
     PreviewJob,
     ScorerChoice,
     ScorerName,
@@ -166,14 +168,22 @@ class QualityDesk:
 
     def previews(self, variant: Variant) -> dict[str, bytes]:
         """A small image of every base pair, to be kept beside the baseline."""
-        images = self.images(variant)
         with TemporaryDirectory() as folder:
-            jobs = [PreviewJob(i.path, str(Path(folder) / f"{i.prompt}-{i.seed}.webp")) for i in images]
-            self.judge.preview(jobs)
-            return {
-                pair_name(image.prompt, image.seed): Path(job.target).read_bytes()
-                for image, job in zip(images, jobs, strict=True)
-            }
+            return {pair: path.read_bytes() for pair, path in self._make_previews(variant, Path(folder)).items()}
+
+    def to_recorded(self, variant: Variant, recorded: Mapping[str, Path]) -> dict[str, Comparison]:
+        """How far each image is from the variant's own recorded one; both as the small previews that are kept."""
+        with TemporaryDirectory() as folder:
+            made = self._make_previews(variant, Path(folder))
+            pairs = [pair for pair in made if pair in recorded]
+            compared = self.judge.compare([PathPair(str(made[pair]), str(recorded[pair])) for pair in pairs])
+        return dict(zip(pairs, compared, strict=True))
+
+    def _make_previews(self, variant: Variant, folder: Path) -> dict[str, Path]:
+        images = self.images(variant)
+        jobs = [PreviewJob(i.path, str(folder / f"{i.prompt}-{i.seed}.webp")) for i in images]
+        self.judge.preview(jobs)
+        return {pair_name(i.prompt, i.seed): Path(job.target) for i, job in zip(images, jobs, strict=True)}
 
     def _gather(self, variant: Variant, more: int) -> Evidence:
         scored = self.scores(variant, more)

@@ -11,7 +11,7 @@ from pytest_zimage.catalog import Variant, Workload
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import BaselineError, ZImageError
 from pytest_zimage.judging import judge_metric
-from pytest_zimage.judging_quality import SOUND, judge_images, judge_quality, record_quality
+from pytest_zimage.judging_quality import DRIFT, SOUND, judge_drift, judge_images, judge_quality, record_quality
 from pytest_zimage.recording import REFUSED, record_metrics
 from pytest_zimage.reports.benchmark_bridge import replay
 from pytest_zimage.reports.delta import delta_text, headline
@@ -104,6 +104,10 @@ class ZImage:
         """Perceptual distance to the bf16 image of the same prompt and seed, made in the same build."""
         return Measurement("lpips")
 
+    def lpips_to_recorded(self) -> Measurement:
+        """Perceptual distance to the variant's own recorded image of the same prompt and seed."""
+        return Measurement(DRIFT)
+
     def psnr(self) -> Measurement:
         """Peak signal-to-noise ratio against that image, dB."""
         return Measurement("psnr")
@@ -151,12 +155,14 @@ class ZImage:
     def _judged(self, test: str, name: str) -> Verdict:
         if name == SOUND:
             return judge_images(self._session, test, self.variant)
+        if name == DRIFT:
+            return judge_drift(self._session, test, self.variant)
         judged = judge_quality if self._is_score(name) else judge_metric
         return judged(self._session, test, self.variant, name)
 
     def _recorded(self, test: str, names: tuple[str, ...]) -> list[Verdict]:
-        scores = tuple(name for name in names if name != SOUND and self._is_score(name))
-        others = tuple(name for name in names if name != SOUND and name not in scores)
+        scores = tuple(name for name in names if name not in (SOUND, DRIFT) and self._is_score(name))
+        others = tuple(name for name in names if name not in (SOUND, DRIFT, *scores))
         verdicts = [judge_images(self._session, test, self.variant)] if SOUND in names else []
         if others:
             verdicts += record_metrics(self._session, test, self.variant, others)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from statistics import fmean
 
 from pytest_zimage.baselines.compare_quality import compare_quality
+from pytest_zimage.baselines.images import previews_folder
 from pytest_zimage.baselines.quality import Evidence, drawn_pairs, identity_to
 from pytest_zimage.baselines.quality_update import MeasuredQuality, update_quality
 from pytest_zimage.baselines.store import Absent, Found
@@ -14,8 +16,10 @@ from pytest_zimage.quality.diagnosis import Drawn, causes
 from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.model import Judgement, Verdict
+from pytest_zimage.verdict.paired import PairRule, judge_paired
 from pytest_zimage.verdict.words import word
 
+DRIFT = "lpips_recorded"
 SOUND = "images"
 """The check that asks no scorer; it has no baseline and no row in the catalogue."""
 
@@ -39,6 +43,58 @@ def judge_images(session: ZImageSession, test: str, variant: Variant) -> Verdict
     )
 
 
+def judge_drift(session: ZImageSession, test: str, variant: Variant) -> Verdict:
+    """How far the images are from the recorded ones of the same variant; none if they are bit-identical."""
+    metric = session.catalog.metrics[DRIFT]
+    evidence = session.desk.evidence(variant)
+    found = session.store.find(session.key(variant), "lpips")
+    notes: list[str] = []
+    environment_changed: dict[str, tuple[str, str]] = {}
+    if isinstance(found, Absent) or found.baseline.images is None:
+        reason = found.reason if isinstance(found, Absent) else f"{found.path} holds no images"
+        judgement = Judgement(outcome="no-baseline", scale="absolute", k_new=len(evidence.pairs), notes=(reason,))
+    else:
+        identity = identity_to(evidence, found.baseline)
+        assert identity is not None
+        folder = previews_folder(found.path)
+        recorded = {pair: folder / name for pair, name in found.baseline.images.previews.items()}
+        distances = dict.fromkeys(identity.same, 0.0)
+        if not identity.all_same:
+            compared = session.desk.to_recorded(variant, recorded)
+            distances |= {pair: one.lpips or 0.0 for pair, one in compared.items() if pair not in identity.same}
+            decibels = [one.psnr_db for pair, one in compared.items() if one.psnr_db is not None]
+            if decibels:
+                notes.append(f"PSNR to the recorded previews: {units.decibel(fmean(decibels))} in the mean")
+            environment_changed = environment.diff(found.baseline.environment, evidence.environment)
+        judgement = judge_paired(
+            distances, dict.fromkeys(evidence.pairs, 0.0), evidence.pairs, PairRule.of(metric), further=False
+        )
+        notes = [identity.note(), *judgement.notes, *notes]
+        if judgement.outcome in ("regression", "inconclusive"):
+            notes += [*_causes(session, variant, found), *_side_by_side(session, variant, found)]
+    return Verdict(
+        test=test,
+        variant=variant.name,
+        metric=metric.name,
+        unit=metric.unit,
+        verdict=word(judgement.outcome, metric),
+        outcome=judgement.outcome,
+        scale="absolute",
+        value=judgement.value,
+        baseline=judgement.baseline,
+        change=judgement.change,
+        interval=judgement.interval,
+        band=judgement.band,
+        noise=judgement.noise,
+        mde=judgement.mde,
+        k_base=judgement.k_base,
+        k_new=judgement.k_new,
+        notes=(*(notes or judgement.notes),),
+        environment_changed=environment_changed,
+        injected=evidence.injected,
+    )
+
+
 def judge_quality(session: ZImageSession, test: str, variant: Variant, name: str) -> Verdict:
     """The verdict on one image metric; inconclusive ones take more seeds, stage by stage."""
     metric = session.catalog.metrics[name]
@@ -57,8 +113,11 @@ def judge_quality(session: ZImageSession, test: str, variant: Variant, name: str
 
 
 def record_quality(session: ZImageSession, test: str, variant: Variant, metrics: tuple[str, ...]) -> list[Verdict]:
-    """Record the scores of `metrics` instead of judging them, with fingerprints and previews."""
-    evidence = session.desk.evidence(variant)
+    """Record the scores of `metrics` instead of judging them, with fingerprints and previews.
+
+    All seeds are recorded, also those that only an inconclusive verdict draws: it needs the baseline's side of them.
+    """
+    evidence = session.desk.evidence(variant, session.desk.stages[-1])
     blind = [blind_scorer(session, test, variant, session.catalog.metrics[name]) for name in metrics]
     recordable = tuple(name for name, verdict in zip(metrics, blind, strict=True) if verdict is None)
     results = update_quality(
@@ -142,7 +201,8 @@ def _explained(
     explain = judgement.outcome in ("regression", "inconclusive", "unfit") and stored is not None
     notes = [*judgement.notes]
     if judgement.outcome in ("regression", "inconclusive"):
-        notes += [*evidence.problems[:3], *_causes(session, variant, found), *_side_by_side(session, variant, found)]
+        causes_seen = evidence.problems[:3] or _causes(session, variant, found)
+        notes += [*causes_seen, *_side_by_side(session, variant, found)]
     return Verdict(
         test=test,
         variant=variant.name,
@@ -186,7 +246,7 @@ def _side_by_side(session: ZImageSession, variant: Variant, found: Found | Absen
     identity = identity_to(session.desk.evidence(variant), found.baseline)
     new = {f"{image.prompt}/{image.seed}": image.path for image in session.desk.images(variant)}
     previews = found.baseline.images.previews
-    folder = found.path.with_suffix(".previews")
+    folder = previews_folder(found.path)
     differ = identity.differ if identity else ()
     return [f"{pair}: recorded {folder / previews[pair]}, now {new[pair]}" for pair in differ[:3] if pair in previews]
 

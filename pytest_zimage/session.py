@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from pytest_zimage.reports.results import ErrorRow
     from pytest_zimage.verdict.model import Verdict
 
-_KEPT_SESSIONS = 20
-
 
 class ZImageSession:
     """One per pytest process."""
@@ -59,6 +57,7 @@ class ZImageSession:
         self.updates: list[UpdateResult] = []
         self.results_path: Path | None = None
         self.closing_error: ZImageError | None = None
+        self._fingerprints: dict[tuple[Path, int], str] = {}
         self.wants_images = False
         """Whether a test of this session judges images: then each variant's first run draws them too."""
 
@@ -234,11 +233,18 @@ class ZImageSession:
             images=None,
             environment={
                 **self.environment,
-                **{f"weights.{role}": file_fingerprint(path)[:16] for role, path in files.items()},
+                **{f"weights.{role}": self._fingerprint(path) for role, path in files.items()},
             },
             log=self.folder / "logs" / f"{variant.name}-{index + 1}.log",
             timeout_s=self.settings.timeout_s,
         )
+
+    def _fingerprint(self, path: Path) -> str:
+        """Identity of a weights file; read once, since a plan is made for every run and every set of images."""
+        key = (path, path.stat().st_mtime_ns)
+        if key not in self._fingerprints:
+            self._fingerprints[key] = file_fingerprint(path)[:16]
+        return self._fingerprints[key]
 
 
 def start(config: pytest.Config) -> ZImageSession:
@@ -256,10 +262,3 @@ def shared_folder(config: pytest.Config) -> Path:
         return Path(given)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return config.rootpath / ".zimage" / "sessions" / f"{stamp}-{os.getpid()}"
-
-
-def prune_sessions(folder: Path) -> None:
-    """Keep the logs and runs of the last sessions only."""
-    sessions = sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []
-    for old in sessions[:-_KEPT_SESSIONS]:
-        shutil.rmtree(old, ignore_errors=True)

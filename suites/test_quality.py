@@ -16,8 +16,8 @@ def test_clip_score(zimage):
 
 
 def test_lpips(zimage):
-    """The images are no further from bf16's of the same prompts and seeds than recorded."""
-    zimage.gate(zimage.lpips())
+    """The images are no further from bf16's of the same prompts and seeds than recorded, and are the recorded ones."""
+    zimage.gate(zimage.lpips(), zimage.lpips_to_recorded())
 
 
 def test_pixels(zimage):

@@ -7,7 +7,6 @@ seeds must be those of a prompt set of the catalogue. bf16 has no LPIPS to itsel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from pytest_zimage.baselines.merging import environment_override
-from pytest_zimage.baselines.quality import drawn_prompts
+from pytest_zimage.baselines.quality import drawn_prompts, first_ceiling
 from pytest_zimage.baselines.schema import Baseline, BasePrompt, MetricBaseline, Published
 from pytest_zimage.catalog import Catalog
 from pytest_zimage.catalog.model import Metric, PromptSet
@@ -110,7 +109,6 @@ def _with_scores(baseline: Baseline, table: QualityTable, catalog: Catalog, prom
 def _metric(
     metric: Metric, table: QualityTable, printed: MeanStd, scorer: str, by_prompt: dict[str, float]
 ) -> MetricBaseline:
-    room = metric.ceiling_room
     return MetricBaseline(
         unit=metric.unit,
         direction=metric.direction,
@@ -123,5 +121,5 @@ def _metric(
             seeds=table.seeds,
             source=table.title,
         ),
-        ceiling=math.ceil(100 * (printed.mean + room)) / 100 if room is not None else None,
+        ceiling=first_ceiling(metric, printed.mean),
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from msgspec import Struct
 
 from pytest_zimage.baselines.schema import Baseline, BasePrompt
-from pytest_zimage.catalog.model import PromptSet, Workload
+from pytest_zimage.catalog.model import Metric, PromptSet, Workload
 from pytest_zimage.errors import MeasurementError
 from pytest_zimage.verdict.paired import Scores, named, pair_name
 
@@ -96,3 +98,11 @@ def identity_to(evidence: Evidence, baseline: Baseline) -> Identity | None:
         unknown=tuple(pair for pair in evidence.pairs if pair not in stored),
         drawn_on=(baseline.images.drawn_on, evidence.drawn_on),
     )
+
+
+def first_ceiling(metric: Metric, mean: float) -> float | None:
+    """The ceiling that a first baseline of this mean sets: rounded up to hundredths, as people write such a limit."""
+    if metric.ceiling_room is None:
+        return None
+    # Rounded first, because 100 * (0.2 + 0.1) is a little more than 30.
+    return math.ceil(round(100 * (mean + metric.ceiling_room), 6)) / 100

@@ -9,7 +9,7 @@ from msgspec import structs
 
 from pytest_zimage.baselines.images import digest, preview_name
 from pytest_zimage.baselines.merging import Merged, Mode
-from pytest_zimage.baselines.quality import Evidence
+from pytest_zimage.baselines.quality import Evidence, first_ceiling
 from pytest_zimage.baselines.schema import BaseImages, Baseline, MetricBaseline
 from pytest_zimage.catalog.model import Metric
 from pytest_zimage.errors import MeasurementError
@@ -95,7 +95,8 @@ def merge_scores(current: Baseline | None, metric: Metric, evidence: Evidence, m
         tied = bool(old.images) and digest(before, old.scores) == old.images
         prints = {**evidence.fingerprints, **before} if tied else {}
         fresh = {**old.scores, **added}
-    if too_high := _above_ceiling(fresh, old):
+    mean = math.fsum(fresh.values()) / len(fresh)
+    if too_high := _above_ceiling(mean, old):
         return _refused(too_high, "if it is right, raise `ceiling` in the file by hand, for a reviewer to see")
     stored = MetricBaseline(
         unit=metric.unit,
@@ -105,9 +106,10 @@ def merge_scores(current: Baseline | None, metric: Metric, evidence: Evidence, m
         unfit=tuple(sorted(unfit)),
         images=digest(prints, fresh),
         margin=old.margin if old else None,
-        ceiling=old.ceiling if old and old.ceiling else _first_ceiling(fresh, metric),
+        ceiling=old.ceiling if old and old.ceiling else first_ceiling(metric, mean),
     )
-    if old is not None and structs.replace(old, environment={}) == stored:
+    same_prompts = changed_prompt(current, evidence) is None
+    if old is not None and structs.replace(old, environment={}) == stored and same_prompts:
         return Merged(action="unchanged", stored=stored)
     told = f"without {', '.join(sorted(unfit))}, for which the scorer is unfit" if unfit else ""
     return Merged(action="extended" if mode == "extend" and old else "recorded", stored=stored, reason=told)
@@ -139,15 +141,7 @@ def _outside(scores: Mapping[str, float], metric: Metric) -> list[str]:
     return [f"{pair} = {score}" for pair, score in scores.items() if not low <= score <= high]
 
 
-def _first_ceiling(scores: Mapping[str, float], metric: Metric) -> float | None:
-    """Rounded up to hundredths, as people write such a limit."""
-    if metric.ceiling_room is None:
-        return None
-    return math.ceil(100 * (math.fsum(scores.values()) / len(scores) + metric.ceiling_room)) / 100
-
-
-def _above_ceiling(scores: Mapping[str, float], old: MetricBaseline | None) -> str:
-    mean = math.fsum(scores.values()) / len(scores)
+def _above_ceiling(mean: float, old: MetricBaseline | None) -> str:
     if old is None or old.ceiling is None or mean <= old.ceiling:
         return ""
     return f"the mean {mean:.4g} lies above this variant's ceiling of {old.ceiling:g}"

@@ -6,6 +6,7 @@ Pillow when called, since only a failing report needs them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +65,9 @@ def _recorded_elsewhere(images: Sequence[Drawn], recorded: Mapping[str, str]) ->
 def _grain(images: Sequence[Drawn]) -> str:
     from statistics import median
 
-    extra = [_noise(_load(image.path)) - _noise(_load(image.reference)) for image in images]
+    # Independent noises add by their squares.
+    pairs = [(_noise(_load(image.path)), _noise(_load(image.reference))) for image in images]
+    extra = [math.sqrt(max(0.0, new**2 - own**2)) for new, own in pairs]
     noisy = sum(value > _GRAIN for value in extra)
     if noisy < _MOST * len(images):
         return ""

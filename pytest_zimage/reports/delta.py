@@ -37,9 +37,9 @@ def _numbers(verdict: Verdict) -> list[str]:
         return changed if len(changed) == 1 else [f"{len(changed)} of its parts changed"]
     if isinstance(verdict.value, dict):
         return [value]
-    change = units.percent(verdict.change) if verdict.change is not None else ""
+    change = units.change(verdict.change, verdict.scale, verdict.unit) if verdict.change is not None else ""
     if verdict.interval is not None:
-        change += f" (95 % interval {units.interval(verdict.interval)})"
+        change += f" (95 % interval {units.change_interval(verdict.interval, verdict.scale, verdict.unit)})"
     return [f"{units.value(verdict.baseline, verdict.unit)} -> {value}", change]
 
 
@@ -70,14 +70,17 @@ def delta_text(verdict: Verdict, title: str = "", options: Sequence[str] = ()) -
 def _explained(verdict: Verdict) -> list[str]:
     """What the word means, to someone who meets it for the first time."""
     text = {
-        "regression": "Every fresh run and their mean lie beyond the band, and chance does not explain it (99.9 %).",
+        "regression": "Every fresh run and their mean lie beyond the band, and chance does not explain it (99.9 %)."
+        if verdict.scale == "relative"
+        else "Over the same prompts and seeds the mean is beyond the margin and chance does not explain it (99.9 %), "
+        "or a single image or the ceiling decides it: see the notes.",
         "improvement": "Better than the baseline beyond the band. The gate now protects the older, worse figure: "
         "record the new one.",
         "inconclusive": _missing_sensitivity(verdict),
         "no-baseline": "Nothing recorded to compare with, so nothing was judged: this is not a pass.",
-        "unfit": "The machine was not fit to judge, so nothing was concluded: this is not a pass.",
+        "unfit": "This was not fit to be judged, so nothing was concluded: this is not a pass.",
         "changed": "This must be equal on every machine and every run, so any difference counts.",
-        "error": "There is no verdict, because something went wrong before one could be made.",
+        "error": "There is no verdict on a number, because something is wrong with what was measured.",
     }.get(verdict.outcome, "")
     marked = ["A fault was injected on purpose; this can never become a baseline."] if verdict.injected else []
     lines = [line for part in (text, *marked) for line in textwrap.wrap(part, _EXPLANATION_WIDTH)]
@@ -93,39 +96,50 @@ def _missing_sensitivity(verdict: Verdict) -> str:
     if room <= 0:
         return f"{told} The change lies beyond the band, but not in every run or not beyond chance."
     return (
-        f"{told} To pass with this change, the interval must shrink from +/-{units.percent(half, signed=False)} to "
-        f"+/-{units.percent(room, signed=False)}: more fresh runs, more baseline runs, or a quieter machine."
+        f"{told} To pass with this change, the interval must shrink from +/-{_amount(verdict, half)} to "
+        f"+/-{_amount(verdict, room)}: more fresh runs, more baseline runs, or a quieter machine."
     )
 
 
 def _band(verdict: Verdict) -> list[str]:
     if verdict.band is None:
         return []
-    text = f"+/-{units.percent(verdict.band, signed=False)}"
+    text = f"+/-{_amount(verdict, verdict.band)}"
     if isinstance(verdict.baseline, float | int):
-        low, high = (verdict.baseline * (1 + sign * verdict.band) for sign in (-1, 1))
-        text += f", that is {units.value(low, verdict.unit)} .. {units.value(high, verdict.unit)}"
+        width = verdict.band if verdict.scale == "absolute" else verdict.band * verdict.baseline
+        low, high = (units.value(verdict.baseline + sign * width, verdict.unit) for sign in (-1, 1))
+        text += f", that is {low} .. {high}"
     return [text]
 
 
 def _certainty(verdict: Verdict) -> list[str]:
     parts = []
     if verdict.noise is not None:
-        parts.append(f"run-to-run noise {units.percent(verdict.noise, signed=False)}")
+        of_what = "run-to-run noise" if verdict.scale == "relative" else "spread of the differences, image by image,"
+        parts.append(f"{of_what} {_amount(verdict, verdict.noise)}")
     if verdict.mde is not None:
-        parts.append(f"smallest change it finds 8 times out of 10: {units.percent(verdict.mde, signed=False)}")
+        parts.append(f"smallest change it finds 8 times out of 10: {_amount(verdict, verdict.mde)}")
     return ["; ".join(parts)] if parts else []
 
 
+def _amount(verdict: Verdict, amount: float) -> str:
+    return units.change(amount, verdict.scale, verdict.unit, signed=False)
+
+
 def _runs(verdict: Verdict) -> list[str]:
-    lines = [f"{verdict.k_base} in the baseline, {verdict.k_new} new"] if verdict.k_base or verdict.k_new else []
+    what = "run" if verdict.scale == "relative" else "images"
+    counted = "" if what == "run" else " images"
+    lines = (
+        [f"{verdict.k_base}{counted} in the baseline, {verdict.k_new} new"] if verdict.k_base or verdict.k_new else []
+    )
     for number, rounds in enumerate(verdict.samples[:_MOST_RUNS_SHOWN], start=1):
+        name = f"new {what} {number}" if what == "run" else "new images"
         if not rounds:
-            lines.append(f"new run {number}: no rounds")
+            lines.append(f"{name}: no rounds")
             continue
         spread = f", {units.quantity(min(rounds), verdict.unit)} .. {units.quantity(max(rounds), verdict.unit)}"
         lines.append(
-            f"new run {number}: median {units.quantity(statistics.median(rounds), verdict.unit)} of "
+            f"{name}: median {units.quantity(statistics.median(rounds), verdict.unit)} of "
             f"{len(rounds)}{spread if len(rounds) > 1 else ''}"
         )
     if len(verdict.samples) > _MOST_RUNS_SHOWN:

@@ -26,6 +26,8 @@ _MARKS: dict[Outcome, str] = {
 _LEGEND = {"!": "! failed", "?": "? not judged", "+": "+ better", "*": "* injected"}
 _DROPPED_FIRST = ("noise", "finds", "95 % interval", "band", "baseline")
 _LEFT = ("variant", "metric", "verdict", "")
+_OWN_SCALE = ("score", "dB")
+"""Units whose changes are differences, not ratios."""
 _MIN_WIDTH = 80
 _GAP = "  "
 
@@ -137,7 +139,7 @@ def _change(verdict: Verdict) -> str:
     if verdict.outcome == "changed":
         parts = len(units.differences(verdict.baseline, verdict.value, verdict.unit))
         return f"{parts} differ" + ("s" if parts == 1 else "")
-    return units.percent(verdict.change)
+    return units.change(verdict.change, verdict.scale, verdict.unit)
 
 
 def _update_change(row: UpdateResult) -> str:
@@ -149,7 +151,11 @@ def _update_change(row: UpdateResult) -> str:
         return "first"
     if isinstance(row.old, Mapping) or isinstance(row.new, Mapping):
         return "; ".join(units.differences(row.old, row.new, row.unit)) or "the same"
-    return units.percent(row.new / row.old - 1)
+    return units.change(row.new - row.old, "absolute", row.unit) if row.unit in _OWN_SCALE else _ratio(row.new, row.old)
+
+
+def _ratio(new: float, old: float) -> str:
+    return units.percent(new / old - 1) if old else "-"
 
 
 _COLUMNS: dict[str, Callable[[Verdict], str]] = {
@@ -159,8 +165,8 @@ _COLUMNS: dict[str, Callable[[Verdict], str]] = {
     "baseline": lambda v: _short(v.baseline, v.unit),
     "measured": lambda v: _short(v.value, v.unit),
     "change": _change,
-    "95 % interval": lambda v: units.interval(v.interval),
-    "band": lambda v: units.percent(v.band, signed=False),
-    "noise": lambda v: units.percent(v.noise, signed=False),
-    "finds": lambda v: units.percent(v.mde, signed=False),
+    "95 % interval": lambda v: units.change_interval(v.interval, v.scale, v.unit),
+    "band": lambda v: units.change(v.band, v.scale, v.unit, signed=False),
+    "noise": lambda v: units.change(v.noise, v.scale, v.unit, signed=False),
+    "finds": lambda v: units.change(v.mde, v.scale, v.unit, signed=False),
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pytest_zimage.verdict.model import Scale
+
 Value = float | Mapping[str, int] | None
 NOTHING = "-"
 """Where there is no number."""
@@ -58,6 +60,24 @@ def interval(bounds: tuple[float, float] | None) -> str:
     return f"{percent(bounds[0]).removesuffix(' %')} .. {percent(bounds[1])}"
 
 
+def change(amount: float | None, scale: Scale, unit: str, *, signed: bool = True) -> str:
+    """A change, band or noise: `+20.1 %` where the scale is relative, else in the metric's own unit: `-0.0213`."""
+    if amount is None or scale == "relative":
+        return percent(amount, signed=signed)
+    text = quantity(abs(amount), unit)
+    if not signed:
+        return text
+    # What rounds to nothing has no sign of its own.
+    return f"-{text}" if amount < 0 and text != quantity(0.0, unit) else f"+{text}"
+
+
+def change_interval(bounds: tuple[float, float] | None, scale: Scale, unit: str) -> str:
+    if bounds is None or scale == "relative":
+        return interval(bounds)
+    low, high = (change(bound, scale, unit) for bound in bounds)
+    return f"{low} .. {high}"
+
+
 def count(value: float) -> str:
     """A whole number with thin grouping: `12,309,866,400`."""
     return f"{value:,.0f}"
@@ -73,8 +93,18 @@ def value(value: Value, unit: str) -> str:
 
 
 def quantity(number: float, unit: str) -> str:
-    """One number in its unit (`s`, `bytes`, `count`)."""
-    return {"s": seconds, "bytes": size}.get(unit, count)(number)
+    """One number in its unit (`s`, `bytes`, `count`, `score`, `dB`)."""
+    return {"s": seconds, "bytes": size, "score": score, "dB": decibel}.get(unit, count)(number)
+
+
+def score(value: float) -> str:
+    """A number without a unit, such as a cosine: `0.3344`."""
+    return f"{value:.4f}"
+
+
+def decibel(value: float) -> str:
+    """`36.21 dB`; equal images are `inf dB` apart."""
+    return f"{value:.2f} dB"
 
 
 def exact(number: float | None, unit: str) -> str:

@@ -1,0 +1,119 @@
+"""The table of every option and ini value.
+
+Each row is a command-line option and the ini value of the same name (`--zimage-rounds`, `zimage_rounds`). This module
+is imported by every pytest run on the machine, so it imports next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_zimage import readers
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row: option, ini value, help, how its text is read."""
+
+    name: str
+    help: str
+    read: Callable[[str, str, Path], Any] = readers.plain_text
+    """Option, text, and the folder that a path in it starts from."""
+    metavar: str | None = None
+    default: str | None = None
+    many: bool = False
+    flag: bool = False
+    choices: tuple[str, ...] = ()
+    prefix: str = "--zimage-"
+
+    @property
+    def option(self) -> str:
+        return self.prefix + self.name.replace("_", "-")
+
+    @property
+    def dest(self) -> str:
+        return self.option.removeprefix("--").replace("-", "_")
+
+    @property
+    def ini(self) -> str:
+        return self.dest if self.dest.startswith("zimage_") else f"zimage_{self.dest}"
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        "config",
+        "variants to run: a name, a glob, or --zimage-config=@tag; repeatable, commas",
+        metavar="NAME",
+        many=True,
+    ),
+    Option("engine", "what draws (default: diffusers, in a process of its own)", metavar="NAME", default="diffusers"),
+    Option(
+        "models",
+        "where the weights are: a folder in ComfyUI's layout, synthetic-tiny or synthetic-full"
+        " (default: $ZIMAGE_MODELS if set, else synthetic-tiny)",
+        readers.models,
+        "DIR|NAME",
+    ),
+    Option("tokenizer", "folder of the text encoder's tokenizer, if the model folder has none", readers.path, "DIR"),
+    Option("workload", "what is drawn (default: turbo-tiny on synthetic-tiny, else turbo-1024)", metavar="NAME"),
+    Option("prompts", "prompts and seeds that quality is judged on", metavar="SET", default="quality-6x3"),
+    Option(
+        "clip",
+        "what gives the CLIPScore: ARCH:PRETRAINED in open_clip's words, or tiny-clip"
+        " (default: tiny-clip on synthetic weights, else ViT-B-32)",
+        metavar="ARCH:PRETRAINED",
+    ),
+    Option(
+        "lpips",
+        "what gives LPIPS: alex or tiny-alex (default: tiny-alex on synthetic weights, else alex)",
+        choices=("alex", "tiny-alex"),
+    ),
+    Option("scorers", "folder of scorer weights, searched before the usual caches", readers.path, "DIR"),
+    Option("allow_download", "let the hub be asked for scorer weights that are nowhere on this machine", flag=True),
+    Option("device", "auto, cpu, cuda or cuda:N (default: auto)", metavar="DEVICE", default="auto"),
+    Option("rounds", "timed images in each run (default: 10)", readers.positive_int, "N", "10"),
+    Option(
+        "runs",
+        "fresh processes per variant before the first verdict (default: 1; 5 when updating)",
+        readers.positive_int,
+        "N",
+    ),
+    Option("baselines", "folder of the stored baselines (default: baselines in the root folder)", readers.path, "DIR"),
+    Option("results", "results file (default: .zimage/results/<time>.json)", readers.path, "FILE"),
+    Option("strict", "fail what has no baseline or stays inconclusive, instead of skipping it", flag=True),
+    Option(
+        "inject",
+        "make the worker worse on purpose, to see a gate fail: warm_latency=+5%%, cold_load=+40%%, memory=+500MB,"
+        " quality=noise:0.05, quality=black, quality=swap-prompts, quality=wrong-seed",
+        readers.injection,
+        "METRIC=AMOUNT",
+        many=True,
+    ),
+    Option(
+        "catalog",
+        "TOML files with your own variants, workloads or devices; repeatable",
+        readers.path,
+        "FILE",
+        many=True,
+    ),
+    Option("cache", "folder for synthetic checkpoints (default: the user's cache folder)", readers.path, "DIR"),
+    Option(
+        "timeout",
+        "longest silence of a worker in seconds before it is ended (default: 300)",
+        readers.seconds,
+        "SECONDS",
+        "300",
+    ),
+    Option("baselines", "record what is measured as the new baseline", flag=True, prefix="--update-"),
+    Option("reason", "why the baselines change; required with --update-baselines", metavar="TEXT", prefix="--update-"),
+    Option(
+        "mode",
+        "replace the recorded runs, extend them, or only add what is new (default: replace)",
+        choices=("replace", "extend", "new"),
+        default="replace",
+        prefix="--update-",
+    ),
+)
