@@ -47,16 +47,19 @@ class RunBook:
     def get(self, variant: str, index: int, measure: Callable[[], RunRecord], progress: ReportProgress) -> RunRecord:
         """The run, measured now if nobody has yet. Raises the `ZImageError` the run ended with."""
         path = self._folder / f"{variant}-{index + 1}.json"
-        return RunRecord.from_json(self._made(path, lambda: measure().to_json(), progress))
+        what = f"run {index + 1} of {variant}"
+        return RunRecord.from_json(self._made(path, what, lambda: measure().to_json(), progress))
 
     def images(
         self, name: str, draw: Callable[[], tuple[DrawnImage, ...]], progress: ReportProgress
     ) -> tuple[DrawnImage, ...]:
         """Images drawn outside of any run, by whichever process needs them first; errors as for `get`."""
         path = self._folder / f"{name}{_IMAGES}"
-        return json.decode(self._made(path, lambda: json.encode(draw()), progress), type=tuple[DrawnImage, ...])
+        return json.decode(
+            self._made(path, f"drawing {name}", lambda: json.encode(draw()), progress), type=tuple[DrawnImage, ...]
+        )
 
-    def _made(self, path: Path, make: Callable[[], bytes], progress: ReportProgress) -> bytes:
+    def _made(self, path: Path, what: str, make: Callable[[], bytes], progress: ReportProgress) -> bytes:
         failed = path.with_suffix(".error.json")
         if not path.exists() and not failed.exists():
             with self.device(progress):
@@ -67,7 +70,7 @@ class RunBook:
                     except ZImageError as error:
                         _write(failed, json.encode(StoredError(type(error).__name__, error.message, error.mend)))
                     except Exception as error:  # a fault of an engine's own code: told once with its traceback
-                        text = f"{path.stem} ended with {type(error).__name__}: {error}"
+                        text = f"{what} ended with {type(error).__name__}: {error}"
                         mend = "the first failing test of this variant has the traceback"
                         _write(failed, json.encode(StoredError(EngineError.__name__, text, mend)))
                         raise

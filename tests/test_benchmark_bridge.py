@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -145,4 +146,8 @@ def test_timer_gives_each_round_exactly_and_invents_none():
 
 
 def test_bridge_imports_nothing_heavy():
-    assert "torch" not in sys.modules
+    code = (
+        "import sys, pytest_zimage.reports.benchmark_bridge; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

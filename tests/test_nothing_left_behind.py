@@ -65,7 +65,15 @@ def wait_for(path, process) -> str:
 def test_ctrl_c_leaves_nothing(project, own_cache, stage, whom, workers):
     """As a terminal sends it, to the whole group, and as a runner does, to the one process it knows."""
     project.makeconftest(WATCHED.format(stage=stage, kill=""))
-    command = [sys.executable, "-m", "pytest", "--zimage-config=bf16,nvfp4", "--zimage-rounds=5000"]
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and children inherit that.
+    listen = "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command = [
+        sys.executable,
+        "-c",
+        listen + "sys.exit(pytest.main())",
+        "--zimage-config=bf16,nvfp4",
+        "--zimage-rounds=5000",
+    ]
     process = subprocess.Popen(
         [*command, f"--zimage-cache={own_cache}", *workers],
         cwd=project.path,
