@@ -65,15 +65,22 @@ def legend_line(verdicts: Sequence[Verdict]) -> str:
 
 def next_line(verdicts: Sequence[Verdict], options: Sequence[str] = ()) -> str:
     """The command that helps most: look closer at the first failure, settle what is open, or record what is missing."""
-    for outcomes in (("regression", "changed", "error"), ("unfit", "inconclusive")):
-        for verdict in verdicts:
-            if verdict.outcome in outcomes:
-                return f"next: {commands.closer(verdict, options)}"
+    if failed := _first(verdicts, "regression", "changed", "error"):
+        return f"next: {commands.closer(failed, options)}"
+    # A noisy machine is no place to record a first baseline.
+    if unsettled := _first(verdicts, "inconclusive"):
+        return f"next: {commands.closer(unsettled, options)}"
     if missing := [verdict for verdict in verdicts if verdict.outcome == "no-baseline"]:
         return f"next: {commands.record_all(missing, options)}"
+    if unfit := _first(verdicts, "unfit"):
+        return f"next: {commands.closer(unfit, options)}"
     if better := [verdict for verdict in verdicts if verdict.outcome == "improvement"]:
         return f"next: {commands.accept(better[0], options)}"
     return "next: nothing to do, every verdict is a pass"
+
+
+def _first(verdicts: Sequence[Verdict], *outcomes: Outcome) -> Verdict | None:
+    return next((verdict for verdict in verdicts if verdict.outcome in outcomes), None)
 
 
 def update_table(rows: Sequence[UpdateResult], *, width: int = _MIN_WIDTH) -> str:
