@@ -14,7 +14,7 @@ suites: $(STAMP)
 
 # OpenMP threads that spin while they wait stall each other on a busy machine.
 test: $(STAMP) lint
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest tests $(PYTEST_ARGS)
 
 # Records what is the same on every machine (bytes, tensors, forwards, how linears compute on a CPU), after a change that
 # was meant: make portable-baselines REASON="what changed".
