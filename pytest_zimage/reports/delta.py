@@ -172,10 +172,7 @@ def _next(verdict: Verdict, options: Sequence[str]) -> list[str]:
         "regression": [accept, closer],
         "improvement": [accept, closer],
         "changed": [accept, closer],
-        "inconclusive": [
-            f"to settle it:       {commands.closer(verdict, options, runs=max(5, verdict.k_new + 2))}",
-            f"to narrow it:       {commands.accept(verdict, [*options, '--update-mode', 'extend'])}",
-        ],
+        "inconclusive": [f"to settle it:       {commands.closer(verdict, options, runs=max(5, verdict.k_new + 2))}"],
         "no-baseline": [f"to record one:      {commands.record(verdict, options)}"],
         "unfit": [f"once it is quiet:   {commands.closer(verdict, options)}"],
         "error": [f"to try again:       {commands.closer(verdict, options, runs=1)}"],
