@@ -18,8 +18,8 @@ from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.metrics import Sample, take
 from pytest_zimage.verdict.model import Judgement, Verdict
+from pytest_zimage.verdict.rows import verdict_row
 from pytest_zimage.verdict.rule import run_score
-from pytest_zimage.verdict.words import word
 
 _CONTROL = "bf16"
 
@@ -65,28 +65,19 @@ def _explained(
 ) -> Verdict:
     exact = metric.kind == "exact"
     before = {} if isinstance(found, Absent) else base_phases(found.metric)
-    return Verdict(
-        test=test,
-        variant=variant.name,
-        metric=metric.name,
-        unit=metric.unit,
-        verdict=word(judgement.outcome, metric),
-        outcome=judgement.outcome,
+    return verdict_row(
+        test,
+        variant,
+        metric,
+        judgement,
         value=samples[0].exact if exact else judgement.value or centre(samples),
         baseline=found.metric.exact if exact and isinstance(found, Found) else judgement.baseline,
-        change=judgement.change,
-        interval=judgement.interval,
-        band=judgement.band,
-        noise=judgement.noise,
-        mde=judgement.mde,
-        k_base=judgement.k_base,
-        k_new=judgement.k_new,
         samples=tuple(sample.rounds for sample in samples if sample.rounds),
         notes=(*judgement.notes, *_control_note(session, variant, metric, samples, found, judgement)),
         phases={name: (before.get(name), seconds) for name, seconds in mean_phases(samples).items()},
         environment_changed=_environment_changed(session, variant, found),
         injected=bool(session.injection),
-        reference=_reference(session, variant, metric) if isinstance(found, Absent) else "",
+        reference=published_note(session, variant, metric) if isinstance(found, Absent) else "",
     )
 
 
@@ -140,7 +131,7 @@ def _control_note(
     return (f"ratio to {_CONTROL} of this session: {change}; {says}",)
 
 
-def _reference(session: ZImageSession, variant: Variant, metric: Metric) -> str:
+def published_note(session: ZImageSession, variant: Variant, metric: Metric) -> str:
     found = session.store.published_reference(session.key(variant), metric.name)
     if found is None:
         return ""

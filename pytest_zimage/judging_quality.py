@@ -11,13 +11,14 @@ from pytest_zimage.baselines.quality import Evidence, drawn_pairs, identity_to
 from pytest_zimage.baselines.quality_update import MeasuredQuality, update_quality
 from pytest_zimage.baselines.store import Absent, Found
 from pytest_zimage.catalog import Metric, Variant
+from pytest_zimage.judging import published_note
 from pytest_zimage.probes import environment
 from pytest_zimage.quality.diagnosis import Drawn, causes
 from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.model import Judgement, Verdict
 from pytest_zimage.verdict.paired import PairRule, judge_paired
-from pytest_zimage.verdict.words import word
+from pytest_zimage.verdict.rows import verdict_row
 
 DRIFT = "lpips_recorded"
 SOUND = "images"
@@ -72,23 +73,11 @@ def judge_drift(session: ZImageSession, test: str, variant: Variant) -> Verdict:
         notes = [identity.note(), *judgement.notes, *notes]
         if judgement.outcome in ("regression", "inconclusive"):
             notes += [*_causes(session, variant, found), *_side_by_side(session, variant, found)]
-    return Verdict(
-        test=test,
-        variant=variant.name,
-        metric=metric.name,
-        unit=metric.unit,
-        verdict=word(judgement.outcome, metric),
-        outcome=judgement.outcome,
-        scale="absolute",
-        value=judgement.value,
-        baseline=judgement.baseline,
-        change=judgement.change,
-        interval=judgement.interval,
-        band=judgement.band,
-        noise=judgement.noise,
-        mde=judgement.mde,
-        k_base=judgement.k_base,
-        k_new=judgement.k_new,
+    return verdict_row(
+        test,
+        variant,
+        metric,
+        judgement,
         notes=(*(notes or judgement.notes),),
         environment_changed=environment_changed,
         injected=evidence.injected,
@@ -156,23 +145,14 @@ def blind_scorer(session: ZImageSession, test: str, variant: Variant, metric: Me
         return None
     worst = min(outcomes, key=lambda outcome: outcome.lead)
     evidence = session.desk.evidence(variant)
-    return Verdict(
-        test=test,
-        variant=variant.name,
-        metric=metric.name,
-        unit=metric.unit,
-        verdict=word("unfit", metric),
-        outcome="unfit",
-        scale="absolute",
-        k_new=len(evidence.pairs),
-        notes=(
-            f"the scorer is blind here: for none of the {len(outcomes)} prompts do bf16's own images beat every control"
-            f" by {worst.gap:g}; the worst is {worst.prompt}, where they score {worst.real:.3f} and"
-            f" {worst.strongest} scores {worst.controls[worst.strongest]:.3f}",
-            f"scorer: {evidence.scores[metric.name].scorer}",
-        ),
-        injected=evidence.injected,
+    notes = (
+        f"the scorer is blind here: for none of the {len(outcomes)} prompts do bf16's own images beat every control"
+        f" by {worst.gap:g}; the worst is {worst.prompt}, where they score {worst.real:.3f} and"
+        f" {worst.strongest} scores {worst.controls[worst.strongest]:.3f}",
+        f"scorer: {evidence.scores[metric.name].scorer}",
     )
+    unfit = Judgement(outcome="unfit", scale="absolute", k_new=len(evidence.pairs), notes=notes)
+    return verdict_row(test, variant, metric, unfit, injected=evidence.injected)
 
 
 def _judge(metric: Metric, evidence: Evidence, found: Found | Absent, further: tuple[str, ...]) -> Judgement:
@@ -203,28 +183,16 @@ def _explained(
     if judgement.outcome in ("regression", "inconclusive"):
         causes_seen = evidence.problems[:3] or _causes(session, variant, found)
         notes += [*causes_seen, *_side_by_side(session, variant, found)]
-    return Verdict(
-        test=test,
-        variant=variant.name,
-        metric=metric.name,
-        unit=metric.unit,
-        verdict=word(judgement.outcome, metric),
-        outcome=judgement.outcome,
-        scale=judgement.scale,
-        value=judgement.value,
-        baseline=judgement.baseline,
-        change=judgement.change,
-        interval=judgement.interval,
-        band=judgement.band,
-        noise=judgement.noise,
-        mde=judgement.mde,
-        k_base=judgement.k_base,
-        k_new=judgement.k_new,
+    return verdict_row(
+        test,
+        variant,
+        metric,
+        judgement,
         samples=(tuple(evidence.scores[metric.name].by_pair.values()),),
         notes=tuple(notes),
         environment_changed=environment.diff(stored.environment, evidence.environment) if explain and stored else {},
         injected=evidence.injected,
-        reference=_reference(session, variant, metric) if stored is None else "",
+        reference=published_note(session, variant, metric) if stored is None else "",
     )
 
 
@@ -253,11 +221,3 @@ def _side_by_side(session: ZImageSession, variant: Variant, found: Found | Absen
 
 def _more(problems: tuple[str, ...]) -> tuple[str, ...]:
     return (f"and {len(problems) - 6} more",) if len(problems) > 6 else ()
-
-
-def _reference(session: ZImageSession, variant: Variant, metric: Metric) -> str:
-    found = session.store.published_reference(session.key(variant), metric.name)
-    if found is None:
-        return ""
-    printed = units.value(found.published.mean, found.unit)
-    return f"published: {printed} through {found.engine} with {found.model_set} weights ({found.source})"

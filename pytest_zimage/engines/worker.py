@@ -14,8 +14,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from msgspec import structs
-
 from pytest_zimage.engines.pipes import die_with_parent, take_stdout
 from pytest_zimage.engines.protocol import (
     Close,
@@ -101,7 +99,7 @@ def _report(sampler: MemorySampler, device: str) -> Reported:
 
     from pytest_zimage.probes.memory import peaks
 
-    return Reported(**structs.asdict(peaks(sampler, torch, device)))
+    return peaks(sampler, torch, device)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from msgspec import Struct
-
+from pytest_zimage.engines.protocol import Reported
 from pytest_zimage.errors import MeasurementError
 from pytest_zimage.probes import nvml
 from pytest_zimage.probes.nvml import ProcessMemory
@@ -31,18 +30,6 @@ class Sized(NamedTuple):
 
     bytes: int
     source: str
-    notes: tuple[str, ...] = ()
-
-
-class MemoryPeaks(Struct, frozen=True, kw_only=True):
-    """The fields of `engines.protocol.Reported`, by the same names."""
-
-    rss_peak_bytes: int
-    rss_peak_source: str
-    rss_sampled_peak_bytes: int | None
-    device_peak_bytes: int | None
-    device_reserved_peak_bytes: int | None
-    nvml_process_peak_bytes: int | None
     notes: tuple[str, ...] = ()
 
 
@@ -228,7 +215,7 @@ def worker_sampler(torch: Any, device: str) -> Iterator[MemorySampler]:
             yield sampler
 
 
-def peaks(sampler: MemorySampler, torch: Any = None, device: str = "cpu") -> MemoryPeaks:
+def peaks(sampler: MemorySampler, torch: Any = None, device: str = "cpu") -> Reported:
     """Every peak since the process started. The kernel's mark is the measurement, the sampler the check on it."""
     sampler.now()
     kernel = rss_peak()
@@ -242,7 +229,7 @@ def peaks(sampler: MemorySampler, torch: Any = None, device: str = "cpu") -> Mem
         notes.append(sampler.no_nvml)
     if allocated == 0:
         notes.append(f"torch allocated nothing on {device}")
-    return MemoryPeaks(
+    return Reported(
         rss_peak_bytes=kernel.bytes,
         rss_peak_source=kernel.source,
         rss_sampled_peak_bytes=sampler.peak_bytes,
