@@ -95,12 +95,13 @@ def test_a_run_says_what_it_was_made_of(plain):
 
 
 def test_an_injected_fault_really_slows_the_worker(plain, injected):
-    """Ratios only, and wide: a neighbour on the same cores slows a run that sleeps two thirds of its time less."""
+    """That it is slowed, end to end; by how much exactly is asserted where neighbours cannot disturb it, in the clock's
+    own tests."""
 
     def median(session: Session) -> float:
         return statistics.median(round_["seconds"] for round_ in session.run("bf16")["rounds"])
 
-    assert 1.6 < median(injected) / median(plain) < 5
+    assert median(injected) / median(plain) > 1.6
     assert injected.run("bf16")["cold"]["total_s"] > 1.5 * plain.run("bf16")["cold"]["total_s"]
 
 
