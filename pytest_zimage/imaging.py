@@ -8,6 +8,7 @@ is never used.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -42,8 +43,12 @@ class Shelf(Struct, frozen=True):
 
     def keep(self, images: Iterable[DrawnImage]) -> None:
         """Note fingerprints, so that a later session may take these images instead of drawing them."""
-        known = {pair_name(image.prompt, image.seed): image for image in (*self._index(), *images)}
-        temporary = self.folder / f".{_INDEX}.tmp"
+        before = self._index()
+        known = {pair_name(image.prompt, image.seed): image for image in (*before, *images)}
+        if list(known.values()) == before:
+            return
+        # Two xdist workers may note the same images at once: each writes a file of its own, and either one will do.
+        temporary = self.folder / f".{_INDEX}.{os.getpid()}.tmp"
         temporary.write_bytes(json.format(json.encode(list(known.values())), indent=1))
         temporary.replace(self.folder / _INDEX)
 

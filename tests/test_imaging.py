@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -79,3 +80,14 @@ def test_kept_images_are_found_again_only_if_all_are_there(tmp_path):
 def test_a_shelf_is_data_and_not_state(tmp_path):
     with pytest.raises((dataclasses.FrozenInstanceError, AttributeError)):
         shelf(tmp_path).width = 1
+
+
+def test_noting_images_from_several_processes_never_fails(tmp_path):
+    """Each of them writes the index whole; the last one stays."""
+    place = shelf(tmp_path)
+    images = [DrawnImage("abstract", seed, str(tmp_path / f"{seed}.png"), "0" * 64) for seed in range(40)]
+    place.request(())
+    with ProcessPoolExecutor(4) as pool:
+        list(pool.map(place.keep, [[image] for image in images]))
+    place.keep(images)
+    assert [path.name for path in place.folder.iterdir()] == ["index.json"]
