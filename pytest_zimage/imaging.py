@@ -18,6 +18,7 @@ from msgspec import Struct, json, structs
 import pytest_zimage
 from pytest_zimage.catalog import Prompt, PromptSet, Variant, Workload
 from pytest_zimage.engines.protocol import DrawImages, DrawnImage, ImageJob
+from pytest_zimage.verdict.paired import pair_name
 
 _PACKAGES = ("torch", "diffusers", "transformers", "comfy-kitchen", "accelerate", "tokenizers")
 _DECIDES = (*_PACKAGES, "device", "machine", "cpu")
@@ -61,11 +62,6 @@ class Shelf(Struct, frozen=True):
     def _index(self) -> list[DrawnImage]:
         path = self.folder / _INDEX
         return json.decode(path.read_bytes(), type=list[DrawnImage]) if path.is_file() else []
-
-
-def pair_name(prompt: str, seed: int) -> str:
-    """`photo_woman/42`: how scores and fingerprints are keyed."""
-    return f"{prompt}/{seed}"
 
 
 def open_shelf(
