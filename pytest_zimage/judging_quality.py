@@ -14,6 +14,7 @@ from pytest_zimage.catalog import Metric, Variant
 from pytest_zimage.judging import published_note
 from pytest_zimage.probes import environment
 from pytest_zimage.quality.diagnosis import Drawn, causes
+from pytest_zimage.recording import update_row
 from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.model import Judgement, Verdict
@@ -119,23 +120,8 @@ def record_quality(session: ZImageSession, test: str, variant: Variant, metrics:
     )
     # Every test of the variant records the same images; once is enough to be told.
     session.updates.extend(row for row in results if row.metric != SOUND or row.action != "unchanged")
-    return [verdict for verdict in blind if verdict is not None] + [
-        Verdict(
-            test=test,
-            variant=result.variant,
-            metric=result.metric,
-            unit=result.unit,
-            verdict=result.action.upper(),
-            outcome="error" if result.action == "refused" else "pass",
-            value=result.new,
-            baseline=result.old,
-            scale="absolute",
-            k_base=result.runs_old,
-            k_new=len(evidence.pairs),
-            notes=tuple(text for text in (result.reason, result.mend and f"mend: {result.mend}") if text),
-        )
-        for result in results
-    ]
+    unfit = [verdict for verdict in blind if verdict is not None]
+    return unfit + [update_row(test, result, len(evidence.pairs), "absolute") for result in results]
 
 
 def blind_scorer(session: ZImageSession, test: str, variant: Variant, metric: Metric) -> Verdict | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from msgspec import structs
+
 from pytest_zimage.baselines.update import Measured, UpdateResult, outlying_runs, update_baselines
 from pytest_zimage.catalog import Variant
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.metrics import take
-from pytest_zimage.verdict.model import Verdict
+from pytest_zimage.verdict.model import Scale, Verdict
 
 REFUSED = "REFUSED"
 """The word of a verdict whose metric was not recorded."""
@@ -52,10 +54,20 @@ def _measured(session: ZImageSession, variant: Variant, metrics: tuple[str, ...]
 
 
 def _verdict(test: str, measured: Measured, result: UpdateResult) -> Verdict:
-    refused = result.action == "refused"
     old, new = result.old, result.new
     # What was refused may be a sample that cannot be taken.
+    refused = result.action == "refused"
     samples = [] if refused else [take(result.metric, run).rounds for run in measured.runs]
+    return structs.replace(
+        update_row(test, result, len(measured.runs)),
+        change=new / old - 1 if isinstance(old, float) and isinstance(new, float) else None,
+        samples=tuple(rounds for rounds in samples if rounds),
+    )
+
+
+def update_row(test: str, result: UpdateResult, k_new: int, scale: Scale = "relative") -> Verdict:
+    """What became of one metric, as a row of the results; a refusal is an error of its test."""
+    refused = result.action == "refused"
     return Verdict(
         test=test,
         variant=result.variant,
@@ -63,11 +75,10 @@ def _verdict(test: str, measured: Measured, result: UpdateResult) -> Verdict:
         unit=result.unit,
         verdict=REFUSED if refused else result.action.upper(),
         outcome="error" if refused else "pass",
-        value=new,
-        baseline=old,
-        change=new / old - 1 if isinstance(old, float) and isinstance(new, float) else None,
+        value=result.new,
+        baseline=result.old,
+        scale=scale,
         k_base=result.runs_old,
-        k_new=len(measured.runs),
-        samples=tuple(rounds for rounds in samples if rounds),
+        k_new=k_new,
         notes=tuple(text for text in (result.reason, result.mend and f"mend: {result.mend}") if text),
     )
