@@ -73,6 +73,14 @@ class DrawImages(Struct, frozen=True, tag=True):
     height: int
 
 
+class Canary(Struct, frozen=True, tag=True):
+    """Time a matrix product and a copy of fixed sizes: how fast the device is at the moment, whatever the model."""
+
+
+class Trace(Struct, frozen=True, tag=True):
+    """Draw one untimed image and count which backend served each operation."""
+
+
 class Report(Struct, frozen=True, tag=True):
     """Ask for memory peaks and what the weights are held as."""
 
@@ -81,7 +89,7 @@ class Close(Struct, frozen=True, tag=True):
     """Leave in good order."""
 
 
-Request = Load | Draw | DrawImages | Report | Close
+Request = Load | Draw | DrawImages | Canary | Trace | Report | Close
 
 # ---- replies ------------------------------------------------------------
 
@@ -117,6 +125,9 @@ class Loaded(Struct, frozen=True, tag=True):
     compute: dict[str, int]
     """Number of linears by how they compute (`plain`, `cast`, `weight-only`, `quantised-activations`)."""
     notes: tuple[str, ...] = ()
+    flops_per_image: int | None = None
+    """Floating-point operations of the transformer in one image of the workload: products and attention, no more. None:
+    not known."""
 
 
 class Round(Struct, frozen=True):
@@ -152,6 +163,22 @@ class DrawnImages(Struct, frozen=True, tag=True):
     images: tuple[DrawnImage, ...]
 
 
+class CanaryTimed(Struct, frozen=True, tag=True):
+    """How fast the device was. None: not timed on this device."""
+
+    matmul_tflops: float | None = None
+    """bfloat16 matrix product, 1e12 operations a second: the ceiling of everything the model multiplies."""
+    copy_gb_s: float | None = None
+    """Copy within the device's memory, 1e9 bytes a second, read and written both counted."""
+
+
+class Traced(Struct, frozen=True, tag=True):
+    """What one image called."""
+
+    dispatch: dict[str, int]
+    """Calls by `operation: backend`, and by `linear: precision` for the linears."""
+
+
 class Reported(Struct, frozen=True, tag=True):
     """Peaks since the worker started. None: this machine cannot say; `notes` says why."""
 
@@ -178,7 +205,7 @@ class Failure(Struct, frozen=True, tag=True):
     traceback: str = ""
 
 
-Reply = Hello | Progress | Loaded | Drawn | DrawnImages | Reported | Closed | Failure
+Reply = Hello | Progress | Loaded | Drawn | DrawnImages | CanaryTimed | Traced | Reported | Closed | Failure
 
 _encoder = msgspec.json.Encoder()
 _requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
