@@ -19,7 +19,7 @@ test: $(STAMP) lint
 # Records what is the same on every machine (bytes, tensors, forwards, how linears compute on a CPU), after a change that
 # was meant: make portable-baselines REASON="what changed".
 portable-baselines: $(STAMP)
-	$(BIN)/python -m pytest suites -k "disk or weights or linears or forwards or quality" --zimage-device cpu --zimage-runs 1 \
+	$(BIN)/python -m pytest suites -k "disk or weights or linears or forwards or dispatch or quality" --zimage-device cpu --zimage-runs 1 \
 	    --update-baselines --update-reason "$(REASON)" $(PYTEST_ARGS)
 
 # Records this machine's timings and memory (five runs a variant), so that later runs are judged against them.

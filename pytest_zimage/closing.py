@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pytest_zimage.errors import ZImageError
+from pytest_zimage.probes.environment import UNRECORDED, slow_kitchen
 from pytest_zimage.reports import results as results_file
 from pytest_zimage.reports.results import ErrorRow, Results
 from pytest_zimage.reports.table import update_table, verdict_table
@@ -48,6 +49,7 @@ def finish(session: pytest.Session, ours: ZImageSession) -> None:
     if not (part.verdicts or part.errors or part.runs):
         return
     _write_results(ours, part)
+    ours.notes = part.notes
     if ours.closing_error is not None and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     _prune(ours.folder.parent)
@@ -73,6 +75,7 @@ def merge(ours: ZImageSession, found: str) -> None:
     ours.verdicts.extend(part.verdicts)
     ours.errors.extend(part.errors)
     ours.updates.extend(part.updates)
+    ours.notes = (*ours.notes, *part.notes)
 
 
 def summarise(reporter: pytest.TerminalReporter, ours: ZImageSession) -> None:
@@ -86,6 +89,8 @@ def summarise(reporter: pytest.TerminalReporter, ours: ZImageSession) -> None:
     elif ours.verdicts:
         reporter.section("zimage verdicts")
         reporter.write_line(verdict_table(ours.verdicts, width=width, options=ours.repeated_options))
+    for note in ours.notes:
+        reporter.write_line(f"NOTE: {note}", yellow=True)
     if ours.closing_error is not None:
         reporter.write_line(f"ERROR: {ours.closing_error}", red=True)
     if ours.results_path is not None:
@@ -100,18 +105,30 @@ def _written(ours: ZImageSession) -> list[str]:
 
 
 def _part(ours: ZImageSession) -> Results:
-    runs = () if is_worker(ours.config) else tuple(ours.book.all()) if ours.measured else ()
-    environment: dict[str, str] = dict(runs[0].environment) if runs else {}
+    made = tuple(ours.book.all()) if ours.measured else ()
+    environment = {**ours.environment, **(made[0].environment if made else {})}
     return Results(
         started_at=ours.started_at.isoformat(timespec="seconds"),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        environment={**ours.environment, **environment},
+        environment=environment,
         settings={name: _plain(value) for name, value in vars(ours.settings).items()},
         verdicts=tuple(ours.verdicts),
         errors=tuple(ours.errors),
-        runs=runs,
+        runs=() if is_worker(ours.config) else made,
         updates=tuple(ours.updates),
+        notes=tuple(dict.fromkeys((*ours.notes, *_notes(ours, environment)))),
     )
+
+
+def _notes(ours: ZImageSession, environment: dict[str, str]) -> tuple[str, ...]:
+    """What no single verdict would tell, because all of them may pass with it."""
+    models = dict.fromkeys(verdict.environment_changed.get("device") for verdict in ours.verdicts)
+    others = [
+        f"baselines were recorded on {old}, this is {new}: another GPU of the device class"
+        for old, new in filter(None, models)
+        if old != UNRECORDED
+    ]
+    return tuple(filter(None, [slow_kitchen(environment), *others]))
 
 
 def _plain(value: Any) -> Any:

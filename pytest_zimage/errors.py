@@ -39,6 +39,10 @@ class BaselineError(ZImageError):
     """A stored baseline that cannot be read, judged against or written."""
 
 
+class MemoryShortageError(ZImageError):
+    """Too little memory, of the device or the host, to load or draw: names the need, what is free and who holds it."""
+
+
 class EngineError(ZImageError):
     """An engine that died, hung or answered nonsense; carries its exit status and last words."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,6 +12,8 @@ from pytest_zimage.catalog import Variant, Workload
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import BaselineError, ZImageError
 from pytest_zimage.judging import judge_metric
+from pytest_zimage.judging_dispatch import DISPATCH, QUANTISED, judge_quantised
+from pytest_zimage.judging_memory import HELD, RETURNED, judge_held, judge_returned, unsaid
 from pytest_zimage.judging_quality import DRIFT, SOUND, judge_drift, judge_images, judge_quality, record_quality
 from pytest_zimage.recording import REFUSED, record_metrics
 from pytest_zimage.reports.benchmark_bridge import replay
@@ -18,6 +21,14 @@ from pytest_zimage.reports.delta import delta_text, headline
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.metrics import Sample, take
 from pytest_zimage.verdict.model import Verdict
+
+_LIMITS: dict[str, Callable[[ZImageSession, str, Variant], Verdict]] = {
+    SOUND: judge_images,
+    RETURNED: judge_returned,
+    HELD: judge_held,
+    QUANTISED: judge_quantised,
+}
+"""Checks against a limit: judged also where baselines are recorded."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,19 @@ class ZImage:
         return self.measure("working_set")
 
     def device_peak(self) -> Measurement:
-        """Highest device memory held by tensors, bytes. Skips the test on a device without memory of its own."""
+        """Highest device memory held by tensors, bytes. Skips the test on the CPU.
+
+        On unified memory it is part of the machine's memory, so it must not be added to resident sizes.
+        """
         return self.measure("device_peak")
+
+    def memory_held(self) -> Measurement:
+        """Whether the device holds the weights once, and its peak is they and what drawing takes. Skips as the next."""
+        return self._unless_unsaid(HELD)
+
+    def memory_returned(self) -> Measurement:
+        """Whether the device's memory is free again once the variant is gone. Skips the test where nothing tells."""
+        return self._unless_unsaid(RETURNED)
 
     def disk_bytes(self) -> Measurement:
         return self.measure("disk_bytes")
@@ -87,6 +109,15 @@ class ZImage:
     def linears(self) -> Measurement:
         """Number of linears, by how they compute."""
         return self.measure("linears")
+
+    def dispatch(self) -> Measurement:
+        """Calls of one image by `operation: backend`, and of the transformer's linears by how they computed."""
+        return self.measure(DISPATCH)
+
+    def quantised_layers(self) -> Measurement:
+        """Whether what says it computes quantised does. Skips the test where the engine does not trace."""
+        self.measure(DISPATCH)
+        return Measurement(QUANTISED)
 
     def forwards(self) -> Measurement:
         """Transformer forwards of one image."""
@@ -115,6 +146,11 @@ class ZImage:
     def ssim(self) -> Measurement:
         """Structural similarity to that image."""
         return Measurement("ssim")
+
+    def _unless_unsaid(self, name: str) -> Measurement:
+        if reason := unsaid(self._session, self.record, name):
+            pytest.skip(f"zimage {name}: {reason}")
+        return Measurement(name)
 
     def measure(self, metric: str) -> Measurement:
         """Raises a `ZImageError` if the run fails."""
@@ -153,17 +189,18 @@ class ZImage:
         self._conclude(verdicts, errors)
 
     def _judged(self, test: str, name: str) -> Verdict:
-        if name == SOUND:
-            return judge_images(self._session, test, self.variant)
+        if name in _LIMITS:
+            return _LIMITS[name](self._session, test, self.variant)
         if name == DRIFT:
             return judge_drift(self._session, test, self.variant)
         judged = judge_quality if self._is_score(name) else judge_metric
         return judged(self._session, test, self.variant, name)
 
     def _recorded(self, test: str, names: tuple[str, ...]) -> list[Verdict]:
-        scores = tuple(name for name in names if name not in (SOUND, DRIFT) and self._is_score(name))
-        others = tuple(name for name in names if name not in (SOUND, DRIFT, *scores))
-        verdicts = [judge_images(self._session, test, self.variant)] if SOUND in names else []
+        recordable = tuple(name for name in names if name != DRIFT and name not in _LIMITS)
+        scores = tuple(name for name in recordable if self._is_score(name))
+        others = tuple(name for name in recordable if name not in scores)
+        verdicts = [_LIMITS[name](self._session, test, self.variant) for name in names if name in _LIMITS]
         if others:
             verdicts += record_metrics(self._session, test, self.variant, others)
         if scores:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from statistics import fmean
 
-from pytest_zimage.baselines.compare import base_phases, compare, compare_to_control
+from pytest_zimage.baselines.compare import base_phases, compare, compare_to_control, require_same_weights
 from pytest_zimage.baselines.store import Absent, Found
 from pytest_zimage.catalog import Metric, Variant
 from pytest_zimage.errors import BaselineError
+from pytest_zimage.judging_dispatch import DISPATCH, dispatch_moves
+from pytest_zimage.judging_fitness import about_machine, as_unfit, unfit
 from pytest_zimage.probes import environment
 from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession
@@ -32,11 +34,16 @@ def judge_metric(session: ZImageSession, test: str, variant: Variant, name: str)
     metric = session.catalog.metrics[name]
     count = session.settings.fresh_runs
     while True:
-        samples = [take(name, session.run(variant, index)) for index in range(count)]
+        records = [session.run(variant, index) for index in range(count)]
+        samples = [take(name, record) for record in records]
         found = session.store.find(session.key(variant), name)
         judgement = _judge(session, variant, metric, samples, found)
+        why = unfit(session, metric, records, found)
+        if why:
+            judgement = as_unfit(judgement)
         if not judgement.wants_more:
-            return _explained(session, test, variant, metric, samples, found, judgement)
+            verdict = _explained(session, test, variant, metric, samples, found, judgement)
+            return about_machine(session, verdict, metric, records, why)
         count += 1
 
 
@@ -45,6 +52,7 @@ def _judge(
 ) -> Judgement:
     if isinstance(found, Absent):
         return Judgement(outcome="no-baseline", k_new=len(samples), notes=(found.reason,))
+    require_same_weights(found, metric.name, session.run(variant, 0).environment)
     return compare(
         metric,
         samples,
@@ -73,12 +81,21 @@ def _explained(
         value=samples[0].exact if exact else judgement.value or centre(samples),
         baseline=found.metric.exact if exact and isinstance(found, Found) else judgement.baseline,
         samples=tuple(sample.rounds for sample in samples if sample.rounds),
-        notes=(*judgement.notes, *_control_note(session, variant, metric, samples, found, judgement)),
+        notes=(
+            *judgement.notes,
+            *_control_note(session, variant, metric, samples, found, judgement),
+            *filter(None, [environment.slow_kitchen(session.run(variant, 0).environment)]),
+        ),
         phases={name: (before.get(name), seconds) for name, seconds in mean_phases(samples).items()},
-        environment_changed=_environment_changed(session, variant, found),
+        environment_changed=_environment_changed(session, variant, metric.name, found),
+        dispatch_changed=dispatch_moves(session, variant) if _to_explain(judgement) and not exact else None,
         injected=bool(session.injection),
         reference=published_note(session, variant, metric) if isinstance(found, Absent) else "",
     )
+
+
+def _to_explain(judgement: Judgement) -> bool:
+    return judgement.outcome in ("regression", "improvement", "inconclusive")
 
 
 def centre(samples: list[Sample]) -> float:
@@ -91,10 +108,16 @@ def mean_phases(samples: list[Sample]) -> dict[str, float]:
     return {name: fmean(s.phases[name] for s in samples if name in s.phases) for name in names}
 
 
-def _environment_changed(session: ZImageSession, variant: Variant, found: Found | Absent) -> dict[str, tuple[str, str]]:
-    if isinstance(found, Absent) or found.layer == "portable":
+def _environment_changed(
+    session: ZImageSession, variant: Variant, metric: str, found: Found | Absent
+) -> dict[str, tuple[str, str]]:
+    if isinstance(found, Absent) or (found.layer == "portable" and metric != DISPATCH):
         return {}
-    return environment.diff(found.baseline.environment, session.run(variant, 0).environment)
+    changed = environment.diff(found.baseline.environment_of(metric), session.run(variant, 0).environment)
+    if found.layer == "portable":
+        # Recorded on another machine, but with packages, and these choose the kernels.
+        return {name: pair for name, pair in changed.items() if name in environment.PACKAGES}
+    return changed
 
 
 def _control_note(
@@ -107,8 +130,7 @@ def _control_note(
 ) -> tuple[str, ...]:
     """Whether bf16 moved too in this session: what slowed the whole machine is no fault of the variant."""
     control = session.catalog.variants.get(_CONTROL)
-    unexplained = judgement.outcome in ("regression", "improvement", "inconclusive")
-    if control is None or variant.name == _CONTROL or not unexplained or isinstance(found, Absent):
+    if control is None or variant.name == _CONTROL or not _to_explain(judgement) or isinstance(found, Absent):
         return ()
     records = session.book.recorded(_CONTROL)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from statistics import fmean
 
+from pytest_zimage.baselines.compare import require_same_weights
 from pytest_zimage.baselines.compare_quality import compare_quality
 from pytest_zimage.baselines.images import previews_folder
 from pytest_zimage.baselines.quality import Evidence, drawn_pairs, identity_to
@@ -56,6 +57,7 @@ def judge_drift(session: ZImageSession, test: str, variant: Variant) -> Verdict:
         reason = found.reason if isinstance(found, Absent) else f"{found.path} holds no images"
         judgement = Judgement(outcome="no-baseline", scale="absolute", k_new=len(evidence.pairs), notes=(reason,))
     else:
+        require_same_weights(found, "lpips", evidence.environment)
         identity = identity_to(evidence, found.baseline)
         assert identity is not None
         folder = previews_folder(found.path)
@@ -151,6 +153,7 @@ def _judge(metric: Metric, evidence: Evidence, found: Found | Absent, further: t
             k_new=len(scores),
             notes=(found.reason,),
         )
+    require_same_weights(found, metric.name, evidence.environment)
     return compare_quality(metric, evidence, found, further=further)
 
 

@@ -87,7 +87,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "inject",
         "make the worker worse on purpose, to see a gate fail: warm_latency=+5%%, cold_load=+40%%, memory=+500MB,"
-        " quality=noise:0.05, quality=black, quality=swap-prompts, quality=wrong-seed",
+        " quality=noise:0.05, quality=black, quality=swap-prompts, quality=wrong-seed,"
+        " dispatch=fallback, dispatch=dequantise, fitness=throttle, fitness=process, fitness=canary:0.8",
         readers.injection,
         "METRIC=AMOUNT",
         many=True,
@@ -106,6 +107,14 @@ OPTIONS: tuple[Option, ...] = (
         readers.seconds,
         "SECONDS",
         "300",
+    ),
+    Option(
+        "fit_wait",
+        "longest wait of a run for a machine that is not fit to be timed, in seconds; 0: neither wait nor time again"
+        " (default: 60)",
+        readers.seconds_or_none,
+        "SECONDS",
+        "60",
     ),
     Option("baselines", "record what is measured as the new baseline", flag=True, prefix="--update-"),
     Option("reason", "why the baselines change; required with --update-baselines", metavar="TEXT", prefix="--update-"),

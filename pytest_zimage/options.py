@@ -55,6 +55,8 @@ class Settings:
     catalog: tuple[Path, ...]
     cache: Path
     timeout_s: float
+    fit_wait_s: float
+    """Longest wait of a run until the machine is fit to be timed."""
 
     @property
     def work(self) -> Path:
@@ -128,6 +130,7 @@ def read_settings(config: pytest.Config) -> Settings:
         "local_baselines": root / ".zimage" / "baselines",
         "cache": values.pop("zimage_cache") or user_cache(),
         "timeout_s": values.pop("zimage_timeout"),
+        "fit_wait_s": values.pop("zimage_fit_wait"),
         "catalog": values.pop("zimage_catalog"),
         "rootdir": root,
     }

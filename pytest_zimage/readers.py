@@ -13,6 +13,8 @@ import pytest
 
 _AMOUNT = re.compile(r"\+?(\d+(?:\.\d+)?)\s*(%|KB|MB|GB|KiB|MiB|GiB|B)")
 _FAULT = re.compile(r"noise:0\.\d*[1-9]\d*|black|swap-prompts|wrong-seed")
+_READING = re.compile(r"throttle|process|canary:0\.\d*[1-9]\d*")
+_KERNELS = ("fallback", "dequantise")
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -36,6 +38,17 @@ def seconds(option: str, text: str, base: Path) -> float:
     return value
 
 
+def seconds_or_none(option: str, text: str, base: Path) -> float:
+    """0 is a number of seconds too."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise pytest.UsageError(f"{option} {text}: must be a number of seconds, 0 or more")
+    return value
+
+
 def injection(option: str, text: str, base: Path) -> tuple[str, float | str]:
     metric, _, amount = text.partition("=")
     if metric == "quality":
@@ -43,6 +56,14 @@ def injection(option: str, text: str, base: Path) -> tuple[str, float | str]:
             raise pytest.UsageError(
                 f"{option} {text}: write quality=noise:0.05, quality=black, quality=swap-prompts or quality=wrong-seed"
             )
+        return metric, amount
+    if metric == "fitness":
+        if not _READING.fullmatch(amount):
+            raise pytest.UsageError(f"{option} {text}: write fitness=throttle, fitness=process or fitness=canary:0.8")
+        return metric, amount
+    if metric == "dispatch":
+        if amount not in _KERNELS:
+            raise pytest.UsageError(f"{option} {text}: write dispatch=fallback or dispatch=dequantise")
         return metric, amount
     match = _AMOUNT.fullmatch(amount.strip())
     known = {"warm_latency": "%", "cold_load": "%", "memory": "B"}

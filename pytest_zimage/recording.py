@@ -8,6 +8,7 @@ from msgspec import structs
 
 from pytest_zimage.baselines.update import Measured, UpdateResult, outlying_runs, update_baselines
 from pytest_zimage.catalog import Variant
+from pytest_zimage.judging_fitness import unfit_metrics
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.metrics import take
 from pytest_zimage.verdict.model import Scale, Verdict
@@ -44,11 +45,13 @@ def _measured(session: ZImageSession, variant: Variant, metrics: tuple[str, ...]
     outlying = sorted(outlying_runs([measured], session.catalog).get(variant.name, {}))
     for spare, position in enumerate(outlying):
         indices[position] = count + spare
+    runs = tuple(session.run(variant, index) for index in indices)
     return Measured(
         key=measured.key,
-        runs=tuple(session.run(variant, index) for index in indices),
+        runs=runs,
         metrics=metrics,
         rounds_asked=measured.rounds_asked,
+        unfit_metrics=unfit_metrics(session, variant, metrics, runs),
         remeasured=frozenset(outlying),
     )
 

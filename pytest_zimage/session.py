@@ -28,6 +28,7 @@ from pytest_zimage.engines.base import Engine, EngineFactory, ReportProgress, Ru
 from pytest_zimage.engines.protocol import Injection
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import CatalogError, ZImageError
+from pytest_zimage.judging_fitness import fit_plan
 from pytest_zimage.liveline import Heartbeat, LiveLine, can_redraw
 from pytest_zimage.options import Settings, read_settings, repeated_options
 from pytest_zimage.probes.device import Machine, detect
@@ -56,6 +57,8 @@ class ZImageSession:
         self.errors: list[ErrorRow] = []
         self.updates: list[UpdateResult] = []
         self.results_path: Path | None = None
+        self.notes: tuple[str, ...] = ()
+        """What to know of this machine beside every verdict; found when the session ends."""
         self.closing_error: ZImageError | None = None
         self._fingerprints: dict[tuple[Path, int], str] = {}
         self.wants_images = False
@@ -141,6 +144,8 @@ class ZImageSession:
             cold_load=float(amounts.get("cold_load", 0.0)),
             memory_bytes=int(amounts.get("memory", 0)),
             quality=str(amounts.get("quality", "")),
+            fitness=str(amounts.get("fitness", "")),
+            dispatch=str(amounts.get("dispatch", "")),
         )
 
     @property
@@ -208,6 +213,8 @@ class ZImageSession:
         """End what this session started."""
         if "desk" in vars(self):
             self.desk.close()
+        if "engine" in vars(self):
+            self.engine.close()
 
     def plan(self, variant: Variant, index: int, progress: ReportProgress) -> RunPlan:
         """What to ask of an engine for run `index`; the synthetic files are written first where they are not there."""
@@ -237,6 +244,7 @@ class ZImageSession:
             },
             log=self.folder / "logs" / f"{variant.name}-{index + 1}.log",
             timeout_s=self.settings.timeout_s,
+            fit=fit_plan(self, variant),
         )
 
     def _fingerprint(self, path: Path) -> str:

@@ -11,6 +11,16 @@ def test_device_memory(zimage):
     zimage.gate(zimage.device_peak())
 
 
+def test_weights_held_once(zimage):
+    """The device holds each weight once; the peak is the weights and what drawing takes on top."""
+    zimage.gate(zimage.memory_held())
+
+
+def test_memory_returned(zimage):
+    """After the variant has closed, the device's memory is free again, within 64 MiB."""
+    zimage.gate(zimage.memory_returned())
+
+
 def test_disk(zimage):
     """Bytes of the variant's files."""
     zimage.gate(zimage.disk_bytes())

@@ -7,10 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from pytest_zimage import errors
 from pytest_zimage.engines.base import Engine, ReportProgress, RunPlan
 from pytest_zimage.engines.protocol import DrawnImage, Loaded, Reported, Round
 from pytest_zimage.engines.record import ColdLoad, RunRecord
+from pytest_zimage.probes.fitness import Fitness
 
 MIB = 1 << 20
 
@@ -38,6 +41,11 @@ class ScriptedEngine(Engine):
 
     def draw(self, plan: RunPlan, progress: ReportProgress) -> tuple[DrawnImage, ...]:
         raise NotImplementedError("no script draws images yet")
+
+
+def fitness(run: dict[str, Any], name: str) -> Fitness | None:
+    """What the script says of the machine, in the words of the results file."""
+    return msgspec.convert(run[name], Fitness) if name in run else None
 
 
 def record(plan: RunPlan, run: dict[str, Any]) -> RunRecord:
@@ -69,14 +77,16 @@ def record(plan: RunPlan, run: dict[str, Any]) -> RunRecord:
             phases_s={"import": 5.0, "read": cold * 0.6, "build": cold * 0.1, "first_image": cold * 0.3},
             residency=0.0 if run.get("emptied", True) else 1.0,
             emptied=run.get("emptied", True),
+            fitness=fitness(run, "cold_fitness"),
         ),
         memory=Reported(
             rss_peak_bytes=peak,
             rss_peak_source="script",
             rss_sampled_peak_bytes=peak,
-            device_peak_bytes=None,
+            device_peak_bytes=run.get("device_peak"),
             device_reserved_peak_bytes=None,
             nvml_process_peak_bytes=None,
+            device_held_bytes=run.get("device_held"),
         ),
         rss_idle_bytes=idle,
         loaded=Loaded(
@@ -85,10 +95,16 @@ def record(plan: RunPlan, run: dict[str, Any]) -> RunRecord:
             weight_bytes=run.get("weight_bytes", {"bfloat16": 1000}),
             tensors=run.get("tensors", {"bfloat16": 10}),
             compute=run.get("compute", {"plain": 10}),
+            device_peak_bytes=run.get("device_load_peak"),
+            flops_per_image=run.get("flops"),
         ),
+        device_left_bytes=run.get("device_left"),
         disk_bytes=run.get("disk_bytes", 5000),
+        dispatch=run.get("dispatch", {"rms_rope: eager": 32, "linear: plain": 232}),
+        dequantised=run.get("dequantised", {}),
         environment={**plan.environment, **run.get("environment", {})},
         inject=plan.inject,
+        fitness=fitness(run, "fitness"),
         started_at="2026-01-01T00:00:00+00:00",
         wall_s=1.0,
     )

@@ -58,6 +58,7 @@ def record(index=0, seconds=5.5, *, rounds=3, emptied=True, variant="nvfp4", **c
             compute={"plain": 5, "quantised-activations": 6},
         ),
         disk_bytes=12345,
+        dispatch={"linear: quantised-activations": 48, "scaled_mm_nvfp4: cuda": 48},
         environment={"torch": "2.11.0", "driver": "580", "machine": "here"},
         started_at=f"2026-02-0{index + 1}T00:00:00+00:00",
     )

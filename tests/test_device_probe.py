@@ -4,85 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
+from scripted_nvml import GIB, LIBRARY_NOT_FOUND, VERSION_MISMATCH, Gpu, NVMLError, ScriptedNvml
 
 from pytest_zimage.catalog import load_catalog
 from pytest_zimage.errors import CatalogError, UnsupportedError
 from pytest_zimage.probes import device
-
-GIB = 1 << 30
-NOT_SUPPORTED = 3
-
-
-class NVMLError(Exception):
-    def __init__(self, value: int, text: str) -> None:
-        super().__init__(text)
-        self.value = value
-
-
-class Gpu:
-    """One scripted GPU; `memory_gib` None answers NOT_SUPPORTED, `lost` answers nothing."""
-
-    def __init__(self, name, capability, memory_gib, uuid="GPU-0000", slices=(), lost=False):
-        self.name, self.capability, self.memory_gib, self.uuid = name, capability, memory_gib, uuid
-        self.slices, self.lost = slices, lost
-
-
-class ScriptedNvml:
-    """The few functions of pynvml that the probe uses."""
-
-    NVMLError = NVMLError
-
-    def __init__(self, *gpus: Gpu, driver: bool = True) -> None:
-        self.gpus, self.driver, self.shut = gpus, driver, 0
-
-    def nvmlInit(self):
-        if not self.driver:
-            raise NVMLError(12, "NVML Shared Library Not Found")
-
-    def nvmlShutdown(self):
-        self.shut += 1
-
-    def nvmlSystemGetDriverVersion(self):
-        return "580.95.05"
-
-    def nvmlDeviceGetCount(self):
-        return len(self.gpus)
-
-    def nvmlDeviceGetHandleByIndex(self, index):
-        if self.gpus[index].lost:
-            raise NVMLError(15, "GPU is lost")
-        return self.gpus[index]
-
-    def nvmlDeviceGetName(self, gpu):
-        return gpu.name
-
-    def nvmlDeviceGetUUID(self, gpu):
-        return gpu.uuid
-
-    def nvmlDeviceGetCudaComputeCapability(self, gpu):
-        if gpu.capability is None:
-            raise NVMLError(NOT_SUPPORTED, "Not Supported")
-        return gpu.capability
-
-    def nvmlDeviceGetMemoryInfo(self, gpu):
-        if gpu.memory_gib is None:
-            raise NVMLError(NOT_SUPPORTED, "Not Supported")
-        return SimpleNamespace(total=int(gpu.memory_gib * GIB))
-
-    def nvmlDeviceGetMigMode(self, gpu):
-        return (1, 1) if gpu.slices else (0, 0)
-
-    def nvmlDeviceGetMaxMigDeviceCount(self, gpu):
-        return 7
-
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, gpu, index):
-        if index >= len(gpu.slices):
-            raise NVMLError(6, "Not Found")
-        return gpu.slices[index]
-
 
 GB10 = Gpu("NVIDIA GB10", (12, 1), None, "GPU-spark")
 H200 = Gpu("NVIDIA H200", (9, 0), 139.8, "GPU-aaaa-h200")
@@ -106,13 +34,34 @@ def found(catalog, *gpus, visible=None, **options):
         (Gpu("H200 NVL", (9, 0), 140), "h200"),
         (Gpu("nvidia h200", (9, 0), 139), "h200"),
         (RTX, "rtx5090"),
-        (Gpu("NVIDIA GeForce RTX 5090 D", (12, 0), 31.8), "rtx5090"),
+        (Gpu("NVIDIA GeForce RTX 5090 D", (12, 0), 31.8), "rtx5090d"),
+        (Gpu("NVIDIA GeForce RTX 5070 Ti", (12, 0), 15.9), "rtx5070ti"),
+        (Gpu("NVIDIA GeForce RTX 5060 Ti", (12, 0), 15.9), "rtx5060ti"),
+        (Gpu("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", (12, 0), 95.6), "rtxpro6000"),
+        (Gpu("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), 95.6), "rtxpro6000_server"),
+        (Gpu("NVIDIA L40S", (8, 9), 45), "l40s"),
+        (Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 80), "a100"),
         (Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24), "rtx4090"),
         (Gpu("NVIDIA B200", (10, 0), 179), "b200"),
         (Gpu("NVIDIA GB200", (10, 0), 184), "gb200"),
         (Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.6), "h100"),
+        (Gpu("NVIDIA H100 PCIe", (9, 0), 79.6), "h100_pcie"),
+        (Gpu("NVIDIA H100 NVL", (9, 0), 93.6), "h100_nvl"),
+        (Gpu("NVIDIA GH200 480GB", (9, 0), 95.6), "gh200"),
         # not one of the catalogue's, however alike
         (Gpu("NVIDIA GeForce RTX 5090 Laptop GPU", (12, 0), 24), "nvidia_geforce_rtx_5090_laptop_gpu"),
+        (Gpu("NVIDIA GeForce RTX 5090 D v2", (12, 0), 23.9), "nvidia_geforce_rtx_5090_d_v2"),
+        (Gpu("NVIDIA GeForce RTX 5090 D", (12, 0), 23.9), "nvidia_geforce_rtx_5090_d"),
+        (Gpu("NVIDIA GeForce RTX 5060 Ti", (12, 0), 7.9), "nvidia_geforce_rtx_5060_ti"),
+        (Gpu("NVIDIA GeForce RTX 5070", (12, 0), 11.9), "nvidia_geforce_rtx_5070"),
+        (
+            Gpu("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", (12, 0), 95.6),
+            "nvidia_rtx_pro_6000_blackwell_max_q_workstation_edition",
+        ),
+        (Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 40), "nvidia_a100_sxm4_40gb"),
+        (Gpu("NVIDIA L40", (8, 9), 45), "nvidia_l40"),
+        (Gpu("NVIDIA GB300", (10, 3), 277), "nvidia_gb300"),
+        (Gpu("NVIDIA H20", (9, 0), 95), "nvidia_h20"),
         (Gpu("NVIDIA H200 MIG 1g.18gb", (9, 0), 16), "nvidia_h200_mig_1g_18gb"),
         (Gpu("NVIDIA H100 80GB HBM3 MIG 7g.80gb", (9, 0), 79), "nvidia_h100_80gb_hbm3_mig_7g_80gb"),
         (Gpu("NVIDIA B200", (10, 3), 179), "nvidia_b200"),
@@ -225,9 +174,44 @@ def test_lost_gpu_does_not_lose_the_others(catalog):
     assert any("GPU 0: NVML says GPU is lost" in note for note in machine.notes)
 
 
+def test_a_gpu_that_fell_off_the_bus_does_not_count(catalog):
+    """Its handle is there and every question to it is answered by GPU_IS_LOST."""
+    machine = found(catalog, Gpu("NVIDIA H200", (9, 0), 139.8, fallen=True), RTX)
+    assert (machine.device_class.name, machine.index) == ("rtx5090", 1)
+    assert any("GPU 0 is lost" in note for note in machine.notes)
+    alone = found(catalog, Gpu("NVIDIA H200", (9, 0), 139.8, fallen=True))
+    assert alone.torch_device == "cpu"
+    assert any("GPU 0 is lost" in note for note in alone.notes)
+
+
+def test_mig_mode_without_a_slice_hides_the_gpu(catalog):
+    machine = found(catalog, Gpu("NVIDIA H200", (9, 0), 139.8, mig_mode=True))
+    assert machine.torch_device == "cpu"
+    assert any("MIG mode without a slice" in note for note in machine.notes)
+
+
+ASKED = sorted(name for name in vars(ScriptedNvml) if name.startswith("nvml") and name != "nvmlInit")
+
+
+@pytest.mark.parametrize("refused", [*([name] for name in ASKED), ASKED], ids=lambda names: ",".join(names)[:40])
+def test_whatever_nvml_refuses_costs_no_crash(catalog, refused):
+    """Each answer alone, then all of them: a refusal never ends a session, and never lands in another's class."""
+    machine = device.detect(catalog, None, nvml=ScriptedNvml(H200, refused=frozenset(refused)))
+    lists_devices = not {"nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"} & set(refused)
+    assert (machine.torch_device == "cpu") is not lists_devices
+    identifying = {"nvmlDeviceGetName", "nvmlDeviceGetCudaComputeCapability", "nvmlDeviceGetMemoryInfo"}
+    assert (machine.device_class.name == "h200") is (lists_devices and not identifying & set(refused))
+
+
 @pytest.mark.parametrize(
     ("nvml", "why"),
-    [(ScriptedNvml(driver=False), "Shared Library Not Found"), (ScriptedNvml(), "lists no device")],
+    [
+        (ScriptedNvml(broken=NVMLError(LIBRARY_NOT_FOUND, "NVML Shared Library Not Found")), "Library Not Found"),
+        (ScriptedNvml(broken=NVMLError(VERSION_MISMATCH, "Driver/library version mismatch")), "version mismatch"),
+        (ScriptedNvml(), "lists no device"),
+        (ScriptedNvml(Gpu("NVIDIA H200", (9, 0), 139.8, lost=True)), "lists no device"),
+        (ScriptedNvml(H200, refused=frozenset({"nvmlDeviceGetCount"})), "lists no device"),
+    ],
 )
 def test_no_gpu_is_the_cpu_with_a_reason(catalog, nvml, why):
     machine = device.detect(catalog, None, nvml=nvml)

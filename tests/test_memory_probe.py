@@ -9,6 +9,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from scripted_nvml import Gpu, ScriptedNvml, not_supported
 
 from pytest_zimage.errors import MeasurementError
 from pytest_zimage.probes import memory
@@ -140,27 +141,18 @@ def test_sampler_runs_once_and_stops_twice():
 # ---- the device's side ----------------------------------------------------
 
 
-class Refused(Exception):
-    value = 3
-
-
 def scripted_nvml(*answers, gpus: int = 1) -> Nvml:
     """An NVML whose running processes are `answers`, one a poll; an exception is raised."""
     script = iter(answers)
 
-    def running(_handle):
+    def running(_gpu):
         answer = next(script)
         if isinstance(answer, Exception):
             raise answer
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in answer]
 
-    lib = SimpleNamespace(
-        NVMLError=Refused,
-        nvmlDeviceGetCount=lambda: gpus,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetUUID=lambda handle: f"GPU-{handle}",
-        nvmlDeviceGetComputeRunningProcesses=running,
-    )
+    lib = ScriptedNvml(*(Gpu("NVIDIA H200", (9, 0), 139.8, f"GPU-{index}") for index in range(gpus)))
+    lib.nvmlDeviceGetComputeRunningProcesses = running
     return Nvml(lib, "580.95")
 
 
@@ -185,7 +177,7 @@ def test_nvml_without_a_figure_is_none_not_a_giant(used):
 
 
 def test_nvml_refusal_is_a_note():
-    process = polled(Refused("Not Supported"))
+    process = polled(not_supported())
     assert process.peak_bytes is None
     assert "Not Supported" in process.notes()[0]
 
@@ -202,13 +194,15 @@ def test_nvml_sums_devices_unless_one_is_named():
     assert "no device GPU-9" in polled(uuid="GPU-9", gpus=2).notes()[0]
 
 
-def fake_torch(allocated: int, reserved: int) -> SimpleNamespace:
+def fake_torch(allocated: int, reserved: int, *, held: int = 2, unified: bool = False) -> SimpleNamespace:
     return SimpleNamespace(
+        _C=SimpleNamespace(_cuda_clearCublasWorkspaces=lambda: None),
         cuda=SimpleNamespace(
+            memory_stats=lambda device: {"requested_bytes.all.current": held},
             max_memory_allocated=lambda device: allocated,
             max_memory_reserved=lambda device: reserved,
-            get_device_properties=lambda device: SimpleNamespace(uuid="ab-cd"),
-        )
+            get_device_properties=lambda device: SimpleNamespace(uuid="ab-cd", is_integrated=unified),
+        ),
     )
 
 
@@ -216,7 +210,19 @@ def test_peaks_of_a_gpu_run():
     sampler = memory.MemorySampler(read=lambda: 5, nvml=ProcessMemory(scripted_nvml([(os.getpid(), 9)]), os.getpid()))
     found = memory.peaks(sampler, fake_torch(3, 4), "cuda:0")
     assert (found.device_peak_bytes, found.device_reserved_peak_bytes, found.nvml_process_peak_bytes) == (3, 4, 9)
-    assert (found.rss_sampled_peak_bytes, found.notes) == (5, ())
+    assert (found.device_held_bytes, found.rss_sampled_peak_bytes, found.notes) == (2, 5, ())
+
+
+def test_unified_memory_is_said_not_to_come_on_top():
+    found = memory.peaks(memory.MemorySampler(read=lambda: 5), fake_torch(3, 4, unified=True), "cuda:0")
+    assert (found.device_peak_bytes, found.rss_sampled_peak_bytes) == (3, 5), "two views of one memory, never a sum"
+    assert any("shares the machine's memory" in note for note in found.notes)
+
+
+def test_an_allocator_that_does_not_count_requests_is_unknown_not_zero():
+    torch = fake_torch(3, 4)
+    torch.cuda.memory_stats = lambda device: {}
+    assert memory.peaks(memory.MemorySampler(), torch, "cuda:0").device_held_bytes is None
 
 
 def test_peaks_of_a_cpu_run_have_no_device_side():

@@ -28,8 +28,11 @@ class Watched(LocalEngine):
             progress(stage, done, total)
             if stage != STAGE:
                 return
-            children = psutil.Process().children()
-            (worker,) = [child for child in children if "pytest_zimage.engines.worker" in child.cmdline()]
+            (server,) = [
+                child for child in psutil.Process().children() if "pytest_zimage.engines.forkserver" in child.cmdline()
+            ]
+            # While it imports, the fork server is all there is of the worker.
+            worker = (server.children() or [server])[0]
             (ROOT / "worker.tmp").write_text(str(worker.pid))
             (ROOT / "worker.tmp").replace(ROOT / "worker.pid")
             if KILL == plan.variant.name:

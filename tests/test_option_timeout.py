@@ -9,6 +9,7 @@ HUNG = """
 import sys
 from pytest_zimage.engines.base import Engine
 from pytest_zimage.engines.client import WorkerClient
+from pytest_zimage.engines.processes import Command
 from pytest_zimage.engines.protocol import Report
 from scripted import ScriptedEngine
 
@@ -19,8 +20,8 @@ class Hung(ScriptedEngine):
         if plan.variant.name != "nvfp4":
             return super().run(plan, progress)
         what = f"worker of {plan.variant.name}, run {plan.index + 1}"
-        command = [sys.executable, "-c", BODY]
-        with WorkerClient(what, plan.log, command, timeout_s=plan.timeout_s, progress=progress) as worker:
+        start = Command([sys.executable, "-c", BODY])
+        with WorkerClient(what, plan.log, start, timeout_s=plan.timeout_s, progress=progress) as worker:
             with (self._root / "pids").open("a") as pids:
                 pids.write(f"{worker.pid}\\n")
             worker.ask(Report(), "load")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-EXACT = {"disk_bytes", "weight_bytes", "tensors", "linears", "forwards"}
+EXACT = {"disk_bytes", "weight_bytes", "tensors", "linears", "forwards", "dispatch"}
 TIMED = {"warm_latency", "cold_load", "rss_peak", "working_set"}
 IMAGES = {"images", "clip_score", "lpips", "lpips_recorded", "psnr", "ssim"}
 VARIANTS = {"bf16", "nvfp4-fp8e"}
@@ -69,8 +69,9 @@ def test_exact_metrics_are_judged_and_times_wait_for_this_machine(plain):
     assert {key: found[key] for key in found if key[1] in TIMED} == {
         (variant, metric): "NO BASELINE" for variant in VARIANTS for metric in TIMED
     }
+    assert {variant: found[variant, "quantised_layers"] for variant in VARIANTS} == dict.fromkeys(VARIANTS, "PASS")
     # The tiny CLIP is blind and says so; every other image metric is judged.
-    assert {key: found[key] for key in found if key[1] not in EXACT | TIMED} == {
+    assert {key: found[key] for key in found if key[1] not in EXACT | TIMED | {"quantised_layers"}} == {
         (variant, metric): "UNFIT" if metric == "clip_score" else "PASS" for variant in VARIANTS for metric in IMAGES
     }
     assert plain.results["errors"] == []

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -24,12 +27,14 @@ from pytest_zimage.checkpoints.synthetic import (
     manifest,
     read_manifest,
     set_dims,
+    sink,
     writer,
     writer_hash,
 )
 from pytest_zimage.checkpoints.synthetic.build import build_model_set
 from pytest_zimage.checkpoints.synthetic.manifest import MANIFEST, PARTIAL
 from pytest_zimage.checkpoints.synthetic.plan import FILE_NAMES, plan_files
+from pytest_zimage.checkpoints.synthetic.sink import FileSink
 from pytest_zimage.checkpoints.synthetic.storage import describe, encode
 from pytest_zimage.checkpoints.synthetic.tokenizer import FILES as TOKENIZER_FILES
 from pytest_zimage.checkpoints.synthetic.tokenizer import write_tokenizer
@@ -261,8 +266,25 @@ def test_what_is_planned_is_what_is_encoded():
 def test_a_tensor_that_is_not_as_planned_is_refused(dims, tmp_path, monkeypatch):
     real = writer.encode
     monkeypatch.setattr(writer, "encode", lambda *args: {name: t.double() for name, t in real(*args).items()})
-    with pytest.raises(CheckpointError, match="planned F32"):
-        writer.write_file(plan_files(dims)[-1], tmp_path, CPU, lambda *args: None)
+    with pytest.raises(CheckpointError, match="planned F32"), FileSink(CPU) as sink:
+        list(writer.write_files(plan_files(dims)[-1:], tmp_path, CPU, sink, lambda written: None))
+
+
+def test_a_file_that_lacks_a_planned_tensor_is_refused(dims, tmp_path, monkeypatch):
+    real = writer.encode
+    monkeypatch.setattr(writer, "encode", lambda *args: {} if "conv_in" in args[1] else real(*args))
+    with pytest.raises(CheckpointError, match="planned bytes were written"), FileSink(CPU) as sink:
+        list(writer.write_files(plan_files(dims)[-1:], tmp_path, CPU, sink, lambda written: None))
+
+
+def test_each_weight_is_made_once_for_all_files_of_its_role(dims, tmp_path, monkeypatch):
+    real, made = writer.make_weight, []
+    monkeypatch.setattr(writer, "make_weight", lambda name, *args: made.append(name) or real(name, *args))
+    plans = [plan for plan in plan_files(dims) if plan.role == "text_encoder"]
+    with FileSink(CPU) as sink:
+        found = dict(writer.write_files(plans, tmp_path, CPU, sink, lambda written: None))
+    assert sorted(made) == sorted(f"text_encoder/{weight.name}" for weight in plans[0].weights)
+    assert set(found) == {ENCODER, MIXED}
 
 
 # ---- values ----------------------------------------------------------------
@@ -448,7 +470,13 @@ def test_writer_hash_covers_dims_and_sources(tmp_path, catalog, dims, monkeypatc
     before = writer_hash(dims)
     monkeypatch.setattr(manifest, "__file__", str(tmp_path / "checkpoints" / "synthetic" / "manifest.py"))
     assert writer_hash(dims) == before
-    for source in ("synthetic/values.py", "synthetic/storage.py", "synthetic/plan.py", "keymap.py"):
+    for source in (
+        "synthetic/values.py",
+        "synthetic/storage.py",
+        "synthetic/plan.py",
+        "synthetic/sink.py",
+        "keymap.py",
+    ):
         path = tmp_path / "checkpoints" / source
         path.write_text(path.read_text() + "\n# another line\n")
         assert writer_hash(dims) != before
@@ -465,27 +493,30 @@ def test_full_disk_is_refused_before_anything_is_written(tmp_path, dims, monkeyp
     assert list(root.iterdir()) == []
 
 
-def test_disk_that_fills_up_leaves_the_set_as_it_was(copy, dims, monkeypatch):
-    import errno
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "ftruncate"])
+def test_disk_that_fills_up_leaves_the_set_as_it_was(copy, dims, monkeypatch, call):
+    real, calls = getattr(os, call), []
 
-    from pytest_zimage.checkpoints.synthetic import build
+    def fill(*args):
+        calls.append(args)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
 
-    def fill(plan, root, device, progress):
-        (root / "started").write_text("x")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(build, "write_file", fill)
-    before = read_manifest(copy)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    monkeypatch.setattr(sink.os, call, fill)
+    before, threads, files = read_manifest(copy), set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CheckpointError, match="No space left on device") as caught:
         build_model_set(NAME, dims, copy, device=CPU, say=lambda line: None)
+    assert re.search(r"safetensors: cannot be written after \S+ of \S+ GB", caught.value.message)
+    assert "free some space" in caught.value.mend
     assert read_manifest(copy) == before
     assert manifest.damaged_files(copy, before, before.files) == {}
     assert not list(copy.glob(f"{PARTIAL}*"))
+    assert set(threading.enumerate()) <= threads
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_read_only_cache_with_a_sound_set_is_used(tiny, dims, tmp_path, monkeypatch):
-    import errno
-
     def refuse(*args, **keywords):
         raise OSError(errno.EROFS, "Read-only file system")
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from pytest_zimage.engines.client import WorkerClient
+from pytest_zimage.engines.processes import Command
 from pytest_zimage.engines.protocol import Closed, Draw, Hello, Progress, Report, encode
 from pytest_zimage.errors import CheckpointError, EngineError
 
@@ -34,7 +35,7 @@ def worker(tmp_path):
         client = WorkerClient(
             "worker of nvfp4, run 1",
             tmp_path / "worker.log",
-            [sys.executable, str(script)],
+            Command([sys.executable, str(script)]),
             timeout_s=timeout_s,
             progress=lambda stage, done, total: None,
         )
@@ -122,7 +123,7 @@ def test_children_of_the_worker_end_with_it(worker, tmp_path):
 
 def test_a_program_that_is_not_there(tmp_path):
     with pytest.raises(EngineError, match="cannot be started"):
-        WorkerClient("worker", tmp_path / "log", [str(tmp_path / "nothing")], timeout_s=1, progress=print)
+        WorkerClient("worker", tmp_path / "log", Command([str(tmp_path / "nothing")]), timeout_s=1, progress=print)
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
@@ -136,9 +137,12 @@ def test_the_real_worker_ends_when_its_parent_is_killed(tmp_path, end):
                 f"""
                 import signal
                 from pathlib import Path
-                from pytest_zimage.engines.client import WorkerClient, worker_command
+                from pytest_zimage.engines.client import WorkerClient
+                from pytest_zimage.engines.forking import ForkServer
                 log = Path({str(tmp_path / "log")!r})
-                client = WorkerClient("w", log, worker_command("cpu"), timeout_s=60, progress=lambda *_: None)
+                server = ForkServer(log.with_name("forkserver.log"))
+                server.ready(60, lambda *_: None)
+                client = WorkerClient("w", log, server.worker("cpu"), timeout_s=60, progress=lambda *_: None)
                 print(client.pid, flush=True)
                 client.receive("import")
                 print("ready", flush=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 
 from msgspec import structs
 
 from pytest_zimage.baselines.schema import BaseRun, MetricBaseline, Published
-from pytest_zimage.baselines.store import Neighbours
+from pytest_zimage.baselines.store import Found, Neighbours
 from pytest_zimage.catalog.model import DeviceClass, Metric
-from pytest_zimage.errors import MeasurementError
+from pytest_zimage.errors import BaselineError, MeasurementError
+from pytest_zimage.probes.environment import other_weights
+from pytest_zimage.probes.fitness import CanaryFigures
 from pytest_zimage.verdict.constants import RuleConstants
 from pytest_zimage.verdict.exact import judge_exact
 from pytest_zimage.verdict.metrics import Sample
@@ -80,6 +83,38 @@ def compare_to_control(
     constants = _constants(metric, stored, device, emptied, None, None)
     return judge_control(
         [sample.rounds for sample in samples], base, [sample.rounds for sample in control_samples], control, constants
+    )
+
+
+def require_same_weights(found: Found, metric: str, present: Mapping[str, str]) -> None:
+    """Raises `BaselineError` if the baseline of `metric` was recorded with other weights files than `present` names.
+
+    Both sides are environment records. Published and portable baselines name no weights and are taken as they are.
+    """
+    others = other_weights(found.baseline.environment_of(metric), present)
+    if not others:
+        return
+    told = ", ".join(f"{key.removeprefix('weights.')} {old} -> {new}" for key, (old, new) in others.items())
+    raise BaselineError(
+        f"{found.path}: {metric} was recorded with other weights than these (recorded -> present hash): {told}",
+        mend="use the files that it was recorded with, or record it with these: "
+        f'--zimage-config {found.baseline.key.variant} --update-baselines --update-reason "other weights"',
+    )
+
+
+def recorded_canary(stored: MetricBaseline) -> CanaryFigures | None:
+    """Median over the stored runs that have it; None where none was timed, as in files of before there was a canary."""
+    timed = [run.canary for run in stored.runs if run.canary is not None]
+
+    def middle(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return median(known) if known else None
+
+    if not timed:
+        return None
+    return CanaryFigures(
+        matmul_tflops=middle(canary.matmul_tflops for canary in timed),
+        copy_gb_s=middle(canary.copy_gb_s for canary in timed),
     )
 
 

@@ -7,8 +7,9 @@ from typing import Literal
 
 from msgspec import Struct, structs
 
-from pytest_zimage.baselines.schema import BaseRun, MetricBaseline
+from pytest_zimage.baselines.schema import Baseline, BaseRun, MetricBaseline
 from pytest_zimage.catalog.model import Metric
+from pytest_zimage.probes.environment import other_weights
 from pytest_zimage.verdict.metrics import Sample
 
 Mode = Literal["replace", "extend", "new"]
@@ -87,7 +88,9 @@ def _merge_sampled(current: MetricBaseline | None, fresh: Fresh, mode: Mode) -> 
             return _refused("the stored runs did not empty the page cache", "record it anew: --update-mode replace")
         earlier = current.runs
     runs = earlier + tuple(
-        BaseRun(rounds=sample.rounds, recorded_at=at, emptied=sample.emptied, phases=sample.phases)
+        BaseRun(
+            rounds=sample.rounds, recorded_at=at, emptied=sample.emptied, phases=sample.phases, canary=sample.canary
+        )
         for sample, at in zip(fresh.samples, fresh.recorded_at, strict=True)
     )
     if len(runs) < MIN_RUNS:
@@ -95,6 +98,16 @@ def _merge_sampled(current: MetricBaseline | None, fresh: Fresh, mode: Mode) -> 
         return _refused(f"incomplete: {len(runs)} of at least {MIN_RUNS} runs", f"measure more: --zimage-runs {more}")
     stored = MetricBaseline(unit=fresh.metric.unit, runs=runs, band=current.band if current else None)
     return Merged(action="extended" if earlier else "recorded", stored=stored)
+
+
+def refuse_other_weights(current: Baseline | None, name: str, present: Mapping[str, str], mode: Mode) -> Merged | None:
+    """The refusal, where runs in the environment `present` would extend stored ones that had other weights."""
+    if mode != "extend" or current is None or name not in current.metrics:
+        return None
+    others = [key.removeprefix("weights.") for key in other_weights(current.environment_of(name), present)]
+    if not others:
+        return None
+    return _refused(f"the stored runs had other weights: {', '.join(others)}", "record it anew: --update-mode replace")
 
 
 def _refused(reason: str, mend: str) -> Merged:

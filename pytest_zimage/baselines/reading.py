@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
+from msgspec import structs
 
 from pytest_zimage.baselines.reading_images import check_images, check_paired
 from pytest_zimage.baselines.schema import SCHEMA, Band, Baseline, Key, MetricBaseline, Published
@@ -116,6 +117,9 @@ def _check_metric(path: Path, name: str, stored: MetricBaseline, metrics: Mappin
             _positive(path, f"{where}.runs[{index}].rounds[{number}]", value)
         for phase, seconds in run.phases.items():
             _not_negative(path, f"{where}.runs[{index}].phases.{phase}", seconds)
+        for figure, value in (structs.asdict(run.canary) if run.canary else {}).items():
+            if value is not None:
+                _positive(path, f"{where}.runs[{index}].canary.{figure}", value)
     if stored.published is not None:
         _check_published(path, f"{where}.published", stored.published)
     if stored.exact is not None:

@@ -7,6 +7,7 @@ from typing import Literal
 from msgspec import Struct
 
 from pytest_zimage.catalog.model import Unit
+from pytest_zimage.probes.fitness import CanaryFigures
 
 SCHEMA = 1
 
@@ -42,6 +43,8 @@ class BaseRun(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
     """Cold load only: whether the page cache was empty."""
     phases: dict[str, float] = {}
     """Mean seconds by phase, where the metric has phases."""
+    canary: CanaryFigures | None = None
+    """How fast the device was around the rounds, where it was timed."""
 
 
 class Published(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

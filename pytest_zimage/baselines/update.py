@@ -20,6 +20,7 @@ from pytest_zimage.baselines.merging import (
     Mode,
     common_environment,
     merge_metric,
+    refuse_other_weights,
 )
 from pytest_zimage.baselines.rewriting import rewritten
 from pytest_zimage.baselines.schema import Baseline, Key, MetricBaseline
@@ -44,6 +45,8 @@ class Measured(Struct, frozen=True, kw_only=True):
     """Errors of this variant's tests. A regression is none: that is what an update may be for."""
     unfit: tuple[str, ...] = ()
     """Why the machine was not fit to judge, if it was not."""
+    unfit_metrics: Mapping[str, tuple[str, ...]] = {}
+    """Metrics that the machine was not fit to be timed for, and why; the others are recorded."""
     remeasured: frozenset[int] = frozenset()
     """Positions in `runs` that are a second measurement already; the record-time gate lets them be."""
 
@@ -130,6 +133,11 @@ def _refusal(one: Measured) -> Merged | None:
         return _refused("incomplete: no run succeeded", "mend the error, then repeat")
     if any(run.inject for run in one.runs):
         return _refused("a fault was injected into these runs", "repeat without --zimage-inject")
+    if lost := max((run.dequantised for run in one.runs), key=len):
+        return _refused(
+            f"{len(lost)} layers dequantised instead of computing quantised: {next(iter(lost))}, ...",
+            "look at test_dispatch.py; the numbers would be another variant's",
+        )
     if one.problems:
         return _refused(f"failing: {one.problems[0]}", "mend the error, then repeat")
     if one.unfit:
@@ -148,6 +156,11 @@ def _refusal(one: Measured) -> Merged | None:
 
 
 def _fresh(one: Measured, catalog: Catalog, name: str, outlying: Mapping[int, tuple[str, ...]]) -> Fresh | Merged:
+    if why := one.unfit_metrics.get(name):
+        return _refused(
+            f"unfit: {'; '.join(why)}",
+            "repeat when the machine is quiet; if it stays like this, delete its baseline file and record anew",
+        )
     samples = _samples(one, name)
     if isinstance(samples, MeasurementError):
         return _refused(samples.message, samples.mend)
@@ -190,11 +203,14 @@ def _write(
 
     def merge(current: Baseline | None) -> Baseline | None:
         old = current.metrics if current else {}
-        merged = {name: merge_metric(old.get(name), found, mode) for name, found in fresh.items()}
+        environment = common_environment([run.environment for run in one.runs], portable=layer == PORTABLE)
+        merged = {
+            name: refuse_other_weights(current, name, environment, mode) or merge_metric(old.get(name), found, mode)
+            for name, found in fresh.items()
+        }
         results.extend(_result(one, catalog, name, old.get(name), answer) for name, answer in merged.items())
         if not any(answer.action in ("recorded", "extended") for answer in merged.values()):
             return None
-        environment = common_environment([run.environment for run in one.runs], portable=layer == PORTABLE)
         metrics = {name: answer.stored for name, answer in merged.items() if answer.stored is not None}
         return rewritten(
             current,

@@ -55,8 +55,8 @@ class FusedAttention(nn.Module):
         """One of diffusers' attention backends; None is its default, torch's SDPA."""
         self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
-        self.norm_q = HeadNorm(dim // heads)
-        self.norm_k = HeadNorm(dim // heads)
+        self.norm_q = NormWeight(dim // heads)
+        self.norm_k = NormWeight(dim // heads)
 
     def forward(
         self,
@@ -84,14 +84,14 @@ class FusedAttention(nn.Module):
         return out
 
 
-class HeadNorm(nn.Module):
-    """Holds the weight `[head_dim]` of a per-head RMSNorm that the fused kernel applies; it has no forward."""
+class NormWeight(nn.Module):
+    """Holds the weight `[dim]` of an RMSNorm that another module's kernel applies; it has no forward."""
 
     casts_on_use = True
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(head_dim))
+        self.weight = nn.Parameter(torch.ones(dim))
 
 
 def _norm_and_rotate(

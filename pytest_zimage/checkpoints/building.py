@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import nn
 from transformers import Qwen3Model
 
 from pytest_zimage.catalog.model import ModelDims, Variant
-from pytest_zimage.checkpoints.attention import FusedAttention, MatrixRope
+from pytest_zimage.checkpoints.acceleration import choose_attention, compile_blocks
+from pytest_zimage.checkpoints.attention import MatrixRope
+from pytest_zimage.checkpoints.blocks import FusedBlock
 from pytest_zimage.checkpoints.casting import TypedTimestepEmbedder, TypedZImageTransformer
 from pytest_zimage.checkpoints.networks import meta_network
 
@@ -23,15 +24,21 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def build_transformer(dims: ModelDims, variant: Variant, device: torch.device) -> Any:
-    """The transformer with the attention that `variant.kernels` names; parameters on `meta`, tables on `device`."""
+    """The transformer with the blocks and the attention that `variant` names; parameters on `meta`, tables on `device`.
+
+    Raises `UnsupportedError` for an attention backend that is not there.
+    """
     compute = torch_dtype(variant.compute_dtype)
     transformer = meta_network("transformer", dims, TypedZImageTransformer)
     transformer.compute_dtype = compute
     transformer.t_embedder = TypedTimestepEmbedder(transformer.t_embedder, compute)
     if variant.kernels == "comfy":
-        _fuse_attention(transformer)
+        _fuse_blocks(transformer)
         config = transformer.config
         transformer.rope_embedder = MatrixRope(config.rope_theta, config.axes_dims, config.axes_lens, device)
+    choose_attention(transformer, variant)
+    if variant.compile:
+        compile_blocks(transformer)
     return transformer.eval()
 
 
@@ -48,10 +55,17 @@ def build_vae(dims: ModelDims) -> Any:
     return meta_network("vae", dims, AutoencoderKL).eval()
 
 
-def _fuse_attention(transformer: Any) -> None:
-    blocks: list[Any] = [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
-    for block in blocks:
-        attention = block.attention
-        with torch.device("meta"):
-            fused: nn.Module = FusedAttention(attention.query_dim, attention.heads, attention.norm_q.eps)
-        block.attention = fused
+def _fuse_blocks(transformer: Any) -> None:
+    for blocks in (transformer.noise_refiner, transformer.context_refiner, transformer.layers):
+        for index, block in enumerate(blocks):
+            attention, hidden = block.attention, block.feed_forward.w1.out_features
+            modulation = block.adaLN_modulation if block.modulation else None
+            with torch.device("meta"):
+                blocks[index] = FusedBlock(
+                    attention.query_dim,
+                    attention.heads,
+                    hidden,
+                    eps=block.attention_norm1.eps,
+                    head_eps=attention.norm_q.eps,
+                    modulation=modulation,
+                )

@@ -7,8 +7,10 @@ nothing here tries one kernel and falls back on another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import comfy_kitchen as ck
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from torch import nn
@@ -17,7 +19,6 @@ from torch.nn import functional as F
 Compute = Literal["plain", "cast", "weight-only", "quantised-activations"]
 
 FP8 = torch.float8_e4m3fn
-_FP8_MAX = 448.0
 _FP8_LAYOUT = "TensorCoreFP8Layout"
 
 
@@ -51,26 +52,55 @@ class CastLinear(LinearModule):
         return F.linear(x, self.weight.to(x.dtype), self._bias(x.dtype))
 
 
-class FastFp8Linear(LinearModule):
+class QuantisingLinear(LinearModule):
+    """Quantises its input before it multiplies; an input that is quantised already (`quantise`) is taken as it is."""
+
+    compute: ClassVar[Compute] = "quantised-activations"
+
+    def quantise(self, x: torch.Tensor) -> QuantizedTensor:
+        """`[N, in]` as this layer multiplies it."""
+        raise NotImplementedError
+
+    def quantises_like(self, other: nn.Module) -> bool:
+        """Whether `other` would quantise the same input to the same codes."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        quantised = x if isinstance(x, QuantizedTensor) else self.quantise(x.reshape(-1, x.shape[-1]))
+        # The bias has the type of the result, which is what the input had before it was quantised.
+        y: torch.Tensor = F.linear(quantised, self.weight, self._bias(x.dtype))
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+def input_shared_by(linears: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """`x` `[N, in]`, quantised once if all of `linears` would quantise it alike, else as it is."""
+    first, *others = linears
+    if isinstance(first, QuantisingLinear) and all(first.quantises_like(other) for other in others):
+        x = first.quantise(x)
+    return x
+
+
+class FastFp8Linear(QuantisingLinear):
     """`fp8_e4m3fn_fast`: an unscaled FP8 weight times the input clamped and cast to FP8; output and bias in its type.
 
     The weight is a `QuantizedTensor` of scale 1. Inputs of other ranks than 2 and 3 are computed as by `CastLinear`.
     """
 
-    compute: ClassVar[Compute] = "quantised-activations"
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim not in (2, 3):
             return F.linear(x, self.weight.dequantize().to(x.dtype), self._bias(x.dtype))
-        flat = x.reshape(-1, x.shape[-1])
-        # Not in place, unlike ComfyUI: the values are the same and the caller may still need its tensor.
-        codes = flat.clamp(-_FP8_MAX, _FP8_MAX).to(FP8)
+        return super().forward(x)
+
+    def quantise(self, x: torch.Tensor) -> QuantizedTensor:
         # The weight's scale of 1 serves both, so that no forward has to put a number on the device.
-        params = get_layout_class(_FP8_LAYOUT).Params(
-            scale=self.weight._params.scale, orig_dtype=x.dtype, orig_shape=tuple(flat.shape)
-        )
-        y = F.linear(QuantizedTensor(codes, _FP8_LAYOUT, params), self.weight, self._bias(x.dtype))
-        return y.reshape(*x.shape[:-1], self.out_features)
+        scale = self.weight._params.scale
+        # One kernel clamps and casts. Not in place, unlike ComfyUI: the caller may still need its tensor.
+        codes = ck.quantize_per_tensor_fp8(x, scale, FP8)
+        params = get_layout_class(_FP8_LAYOUT).Params(scale=scale, orig_dtype=x.dtype, orig_shape=tuple(x.shape))
+        return QuantizedTensor(codes, _FP8_LAYOUT, params)
+
+    def quantises_like(self, other: nn.Module) -> bool:
+        return isinstance(other, FastFp8Linear)
 
     @staticmethod
     def pack(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedTensor:
@@ -95,34 +125,41 @@ class WeightOnlyLinear(LinearModule):
         return F.linear(x, self.weight.dequantize().to(x.dtype), self._bias(x.dtype))
 
 
-class QuantisedActivationsLinear(LinearModule):
+class QuantisedActivationsLinear(QuantisingLinear):
     """Weight and activations quantised to the same layout and multiplied as such.
 
     FP8 takes the file's static `input_scale`, or 1 as ComfyUI does (comfy-kitchen alone would take the maximum);
     NVFP4 takes it or the maximum of the input; MXFP8 scales each block by its own maximum.
     """
 
-    compute: ClassVar[Compute] = "quantised-activations"
-
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
         self.pre_quant_scale: torch.Tensor | None = None
         self.input_scale: torch.Tensor | None = None
+        self._scale_value: float | None = None
 
     def set_input_scale(self, scale: torch.Tensor | None) -> None:
         """The file's static scale, or None; to be called once the weight is there."""
         if scale is not None:
             self.input_scale = scale.reshape(())
+            self._scale_value = float(scale)
         elif self.weight._layout_cls == _FP8_LAYOUT:
             self.input_scale = torch.ones((), dtype=torch.float32, device=self.weight.device)
+            self._scale_value = 1.0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def quantise(self, x: torch.Tensor) -> QuantizedTensor:
         if self.pre_quant_scale is not None:
             x = x * self.pre_quant_scale.to(x.dtype)
-        flat = x.reshape(-1, x.shape[-1])
-        quantised = QuantizedTensor.from_float(flat, self.weight._layout_cls, scale=self.input_scale)
-        y = F.linear(quantised, self.weight, self._bias(x.dtype))
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return QuantizedTensor.from_float(x, self.weight._layout_cls, scale=self.input_scale)
+
+    def quantises_like(self, other: nn.Module) -> bool:
+        return (
+            isinstance(other, QuantisedActivationsLinear)
+            and other.weight._layout_cls == self.weight._layout_cls
+            and other._scale_value == self._scale_value
+            and self.pre_quant_scale is None
+            and other.pre_quant_scale is None
+        )
 
 
 class Int8Linear(WeightOnlyLinear):

@@ -30,6 +30,7 @@ from pytest_zimage.checkpoints.linears import (
 from pytest_zimage.checkpoints.precision import Precision
 from pytest_zimage.checkpoints.quantised import held_tensors, multiplies_natively, storage_type
 from pytest_zimage.checkpoints.reader import TensorReader
+from pytest_zimage.checkpoints.staging import Staging
 from pytest_zimage.errors import CheckpointError, MissingFileError, UnsupportedError
 
 
@@ -71,20 +72,24 @@ def load_pipeline(
     combination that the device or the installed packages cannot serve.
     """
     times = _Times()
+    # One for all files, since pinning its memory takes time.
+    staging = Staging(device) if device.type == "cuda" else None
     transformer = build_transformer(dims, variant, device)
     precision = transformer_precision(variant, device)
-    dequantised = _fill(transformer, files["transformer"], keymap.transformer_to_diffusers, precision, device, times)
+    dequantised = _fill(
+        transformer, files["transformer"], keymap.transformer_to_diffusers, precision, device, times, staging
+    )
 
     text_encoder = build_text_encoder(dims, device)
     # ComfyUI computes a quantised text encoder weight-only, whatever the device can do.
     precision = Precision(torch_dtype(variant.text_encoder_dtype), quantise_activations=False)
-    _fill(text_encoder, files["text_encoder"], keymap.text_encoder_to_transformers, precision, device, times)
+    _fill(text_encoder, files["text_encoder"], keymap.text_encoder_to_transformers, precision, device, times, staging)
 
     vae = build_vae(dims)
     levels = len(vae.config.block_out_channels)
     vae_dtype = torch_dtype(variant.vae_dtype)
     precision = Precision(vae_dtype, store=vae_dtype)
-    _fill(vae, files["vae"], lambda name: keymap.vae_to_diffusers(name, levels).name, precision, device, times)
+    _fill(vae, files["vae"], lambda name: keymap.vae_to_diffusers(name, levels).name, precision, device, times, staging)
 
     kind: Any = ZImagePipeline
     pipeline = kind(
@@ -127,11 +132,17 @@ def _notes(variant: Variant, device: torch.device, dequantised: set[str]) -> tup
 
 
 def _fill(
-    network: nn.Module, path: Path, rename: Rename, precision: Precision, device: torch.device, times: _Times
+    network: nn.Module,
+    path: Path,
+    rename: Rename,
+    precision: Precision,
+    device: torch.device,
+    times: _Times,
+    staging: Staging | None,
 ) -> set[str]:
     """Read the file at `path` into `network`; the formats that `device` cannot multiply, and so are dequantised."""
     header = read_header(path)
-    with TensorReader(header, device) as reader:
+    with TensorReader(header, device, staging) as reader:
         contents = detect(header, reader.read_bytes)
         if contents.quantised and precision.store is not None:
             raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""Reads tensors of a safetensors file straight into fresh buffers, and onto the device.
+"""Reads tensors of a safetensors file into fresh memory of the process or of the device.
 
 No memory map and no lazy pages: every byte is read once, on purpose, so that the time it takes can be measured and the
 pages of the file are never part of the process.
@@ -6,16 +6,19 @@ pages of the file are never part of the process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from pytest_zimage.checkpoints.header import Header, TensorInfo
-from pytest_zimage.errors import CheckpointError, UnsupportedError
+from pytest_zimage.checkpoints.readahead import READ_THREADS, Piece, ReadAhead, cut, ends_within, unreadable
+from pytest_zimage.checkpoints.staging import HostBuffer, Staging
+from pytest_zimage.errors import UnsupportedError
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -34,19 +37,19 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 """torch's type for a safetensors dtype code."""
 
-STAGING_BYTES = 32 << 20
-"""One of the two pinned buffers a CUDA device is fed through: large enough that a copy costs no more than its bytes."""
+_TINY_BYTES = 256
+"""At most this large are the records of formats, which `read_bytes` is asked for one by one and all over the file."""
 _READ_AT_MOST = 1 << 30
 """Linux returns short above 0x7ffff000 bytes, so larger tensors are read in pieces."""
 
 
 class TensorSource(Protocol):
-    """What the loader needs of a reader; a reader with several threads can take this one's place."""
+    """What the loader needs of a reader."""
 
     read_s: float
-    """Seconds spent reading the file."""
+    """Seconds the caller waited for the file."""
     to_device_s: float
-    """Seconds spent moving what was read to the device."""
+    """Seconds the caller spent on getting what was read to the device, without what overlapped."""
 
     def read(self, tensors: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
         """Each of `tensors` once, on the device, in any order."""
@@ -58,106 +61,132 @@ class TensorSource(Protocol):
 
 
 class TensorReader:
-    """One file, one thread; a context manager.
+    """One file; a context manager that leaves no thread and no copy behind, wherever its reading stopped.
 
-    Raises `CheckpointError` when the file cannot be opened or ends early, `UnsupportedError` for a dtype torch lacks.
+    A CUDA device is fed by several threads through `staging`, which is made anew where none is passed on from the
+    file before. The CPU reads straight into the tensors' own memory, unless it is given a `staging`.
+
+    Raises `CheckpointError` when the file cannot be read or ends early, `UnsupportedError` for a dtype torch lacks.
     """
 
-    def __init__(self, header: Header, device: torch.device) -> None:
+    def __init__(
+        self, header: Header, device: torch.device, staging: Staging | None = None, threads: int = READ_THREADS
+    ) -> None:
         self.read_s = 0.0
         self.to_device_s = 0.0
         self._path = header.path
+        self._tiny = [tensor for tensor in header.tensors.values() if 0 < tensor.nbytes <= _TINY_BYTES]
         self._device = device
         self._fd = -1
-        self._staging = _Staging(device) if device.type == "cuda" else None
+        self._staging = Staging(device) if staging is None and device.type == "cuda" else staging
+        self._threads = threads
+        self._reading: Generator[tuple[TensorInfo, torch.Tensor], None, None] | None = None
 
     def __enter__(self) -> TensorReader:
         try:
             self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise CheckpointError(
-                f"{self._path}: cannot be read: {error.strerror}", mend="check the file's permissions"
-            ) from error
+            raise unreadable(self._path, error) from error
+        if hasattr(os, "posix_fadvise"):
+            for tensor in self._tiny:
+                os.posix_fadvise(self._fd, tensor.begin, tensor.nbytes, os.POSIX_FADV_WILLNEED)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._fd)
-        self._fd = -1
-        self._staging = None
+        try:
+            if self._reading is not None:
+                self._reading.close()
+        finally:
+            os.close(self._fd)
+            self._fd = -1
 
     def read(self, tensors: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
         """Each of `tensors` in file order, so that a disk is read forwards."""
-        for tensor in sorted(tensors, key=lambda tensor: tensor.begin):
-            dtype = TORCH_DTYPES.get(tensor.dtype)
-            if dtype is None:
+        ordered = sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end))
+        for tensor in ordered:
+            if tensor.dtype not in TORCH_DTYPES:
                 raise UnsupportedError(
                     f"{self._path}: tensor {tensor.name!r}: torch {torch.__version__} has no type for {tensor.dtype}",
                     mend=f"types that can be read: {', '.join(TORCH_DTYPES)}",
                 )
-            buffer = self._to_host(tensor) if self._staging is None else self._to_device(tensor, self._staging)
-            yield tensor, buffer.view(dtype).reshape(tensor.shape)
-        if self._staging is not None:
-            began = time.perf_counter()
-            self._staging.finish()
-            self.to_device_s += time.perf_counter() - began
+        buffers = self._directly(ordered) if self._staging is None else self._ahead(ordered, self._staging)
+        self._reading = self._typed(buffers)
+        return self._reading
 
     def read_bytes(self, tensor: TensorInfo) -> bytes:
         return bytes(self._to_host(tensor).numpy())
 
-    def _to_host(self, tensor: TensorInfo) -> torch.Tensor:
-        buffer = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        self._fill(tensor, 0, buffer)
-        return buffer
+    def _typed(
+        self, buffers: Generator[tuple[TensorInfo, torch.Tensor], None, None]
+    ) -> Generator[tuple[TensorInfo, torch.Tensor], None, None]:
+        with contextlib.closing(buffers):
+            for tensor, buffer in buffers:
+                yield tensor, buffer.view(TORCH_DTYPES[tensor.dtype]).reshape(tensor.shape)
 
-    def _to_device(self, tensor: TensorInfo, staging: _Staging) -> torch.Tensor:
-        target = torch.empty(tensor.nbytes, dtype=torch.uint8, device=self._device)
-        for start in range(0, tensor.nbytes, STAGING_BYTES):
-            part = target[start : start + STAGING_BYTES]
-            began = time.perf_counter()
-            slot = staging.next_free()[: part.numel()]
-            self.to_device_s += time.perf_counter() - began
-            self._fill(tensor, start, slot)
-            began = time.perf_counter()
-            staging.send(slot, part)
-            self.to_device_s += time.perf_counter() - began
-        return target
+    # ---- with a thread per piece ---------------------------------------------
 
-    def _fill(self, tensor: TensorInfo, start: int, buffer: torch.Tensor) -> None:
-        """Read `buffer.numel()` bytes of `tensor`, from its byte `start` on."""
+    def _ahead(
+        self, tensors: list[TensorInfo], staging: Staging
+    ) -> Generator[tuple[TensorInfo, torch.Tensor], None, None]:
+        pieces = cut(tensors, staging.buffer_bytes)
+        unfinished: dict[str, torch.Tensor] = {}
+        with ReadAhead(self._path, pieces, staging, self._threads) as ahead:
+            for index, piece in enumerate(pieces):
+                began = time.perf_counter()
+                buffer, blocked_s = ahead.take(index)
+                taken = time.perf_counter()
+                blocked_s = min(blocked_s, taken - began)
+                self.read_s += taken - began - blocked_s
+                finished = self._send(piece, buffer, unfinished)
+                ahead.give_back()
+                self.to_device_s += time.perf_counter() - taken + blocked_s
+                yield from finished
         began = time.perf_counter()
+        staging.wait()
+        self.to_device_s += time.perf_counter() - began
+
+    def _send(
+        self, piece: Piece, buffer: HostBuffer, unfinished: dict[str, torch.Tensor]
+    ) -> list[tuple[TensorInfo, torch.Tensor]]:
+        """Copy a piece to the device; the tensors that are whole with it.
+
+        The copies go to the current stream, like all that is done with the tensors, so that nothing must be ordered;
+        what the loader computes in between takes a hundredth of their time.
+        """
+        finished = []
+        for part in piece.parts:
+            target = unfinished.pop(part.tensor.name, None)
+            if target is None:
+                target = torch.empty(part.tensor.nbytes, dtype=torch.uint8, device=self._device)
+            there = target[part.start : part.start + part.nbytes]
+            there.copy_(buffer.data[part.offset : part.offset + part.nbytes], non_blocking=True)
+            if part.start + part.nbytes < part.tensor.nbytes:
+                unfinished[part.tensor.name] = target
+            else:
+                finished.append((part.tensor, target))
+        buffer.mark()
+        return finished
+
+    # ---- with none -------------------------------------------------------------
+
+    def _directly(self, tensors: list[TensorInfo]) -> Generator[tuple[TensorInfo, torch.Tensor], None, None]:
+        for tensor in tensors:
+            yield tensor, self._to_host(tensor)
+
+    def _to_host(self, tensor: TensorInfo) -> torch.Tensor:
+        began = time.perf_counter()
+        buffer = torch.empty(tensor.nbytes, dtype=torch.uint8)
         view = memoryview(buffer.numpy().data)
         done = 0
         while done < len(view):
-            count = os.preadv(self._fd, [view[done : done + _READ_AT_MOST]], tensor.begin + start + done)
+            try:
+                count = os.preadv(self._fd, [view[done : done + _READ_AT_MOST]], tensor.begin + done)
+            except OSError as error:
+                raise unreadable(self._path, error) from error
             if count <= 0:
-                raise CheckpointError(
-                    f"{self._path}: the file ends within tensor {tensor.name!r}", mend="download the file again"
-                )
+                raise ends_within(self._path, tensor)
             done += count
         self.read_s += time.perf_counter() - began
-
-
-class _Staging:
-    """Two pinned host buffers used in turn, so that reading the next piece overlaps the copy of the last."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._slots = [torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        event: Any = torch.cuda.Event
-        self._sent: list[torch.cuda.Event] = [event() for _ in range(2)]
-        self._stream = torch.cuda.current_stream(device)
-        self._turn = 0
-
-    def next_free(self) -> torch.Tensor:
-        self._turn ^= 1
-        self._sent[self._turn].synchronize()
-        return self._slots[self._turn]
-
-    def send(self, slot: torch.Tensor, target: torch.Tensor) -> None:
-        target.copy_(slot, non_blocking=True)
-        self._sent[self._turn].record(self._stream)
-
-    def finish(self) -> None:
-        for event in self._sent:
-            event.synchronize()
+        return buffer

@@ -1,7 +1,7 @@
 """What every engine is: something that turns a plan into the record of one run.
 
-An engine owns its process from start to end: when `run` returns or raises, nothing of it is left. New engines are
-offered by the hook `pytest_zimage_engines`; nothing after this module knows which engine it talks to.
+An engine owns its process from start to end: when `run` returns or raises, nothing of it is left on the device. New
+engines are offered by the hook `pytest_zimage_engines`; nothing after this module knows which engine it talks to.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from pytest_zimage.catalog import ModelDims, Role, Variant, Workload
+    from pytest_zimage.engines.fit import FitPlan
     from pytest_zimage.engines.protocol import DrawImages, DrawnImage, Injection
     from pytest_zimage.engines.record import RunRecord
 
@@ -50,6 +51,8 @@ class RunPlan:
     """Where the engine's process writes what it has to say."""
     timeout_s: float
     """Longest silence before the engine's process counts as hung."""
+    fit: FitPlan
+    """When the machine is fit to be timed, and how long to wait until it is."""
 
 
 class Engine(ABC):
@@ -67,6 +70,9 @@ class Engine(ABC):
     @abstractmethod
     def draw(self, plan: RunPlan, progress: ReportProgress) -> tuple[DrawnImage, ...]:
         """Load and draw `plan.images`, measuring nothing; raises as `run` does."""
+
+    def close(self) -> None:  # noqa: B027 - an engine that keeps nothing between runs has nothing to end
+        """End what was kept from one run to the next; called once, when the session is over."""
 
 
 EngineFactory = Callable[[], Engine]

@@ -11,9 +11,8 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self, TypeVar
@@ -23,6 +22,7 @@ from msgspec import Struct
 
 from pytest_zimage import errors
 from pytest_zimage.engines.base import ReportProgress
+from pytest_zimage.engines.processes import Start, child_environment
 from pytest_zimage.engines.protocol import Close, Closed, Failure, Progress, Reply, Request, decode_reply, encode
 from pytest_zimage.errors import EngineError, ZImageError
 
@@ -34,24 +34,6 @@ Asked = TypeVar("Asked", bound=Struct)
 Answered = TypeVar("Answered", bound=Struct)
 
 
-def worker_command(device: str) -> tuple[str, ...]:
-    """How the project's own worker is started; `device` is a torch device."""
-    return (sys.executable, "-m", "pytest_zimage.engines.worker", device)
-
-
-def _environment(gpu: str) -> dict[str, str]:
-    """The child's environment: this one, the one GPU it may see, and OpenMP threads that soon stop spinning.
-
-    Threads that spin while they wait for one that has lost its core to a neighbour burn the neighbour's time and their
-    own: on two cores with one busy neighbour an image of the tiny model took 0.4 to 19 s. After 1000 spins to sleep it
-    took 0.16 to 0.20 s there, and 0.075 s alone, as with endless spinning; never to spin took 0.11 and 0.15 s.
-    """
-    environment = {"GOMP_SPINCOUNT": "1000", **os.environ}
-    if gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
-    return environment
-
-
 class ChildClient(Generic[Asked, Answered]):
     """One child process and its protocol. A context manager: leaving it ends the process, whatever state it is in."""
 
@@ -59,7 +41,7 @@ class ChildClient(Generic[Asked, Answered]):
         self,
         what: str,
         log: Path,
-        command: Sequence[str],
+        start: Start,
         *,
         timeout_s: float,
         progress: ReportProgress,
@@ -68,7 +50,8 @@ class ChildClient(Generic[Asked, Answered]):
     ) -> None:
         """`what` names the process in messages ("worker of nvfp4, run 1"); `gpu` is the UUID of the only GPU it sees.
 
-        `decode` turns a line into one of the protocol's replies and raises `msgspec.MsgspecError` on anything else.
+        `start` makes the process; `decode` turns a line into one of the protocol's replies and raises
+        `msgspec.MsgspecError` on anything else.
 
         Raises `EngineError` if it cannot start.
         """
@@ -80,19 +63,9 @@ class ChildClient(Generic[Asked, Answered]):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as stderr:
             try:
-                self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=stderr,
-                    start_new_session=True,
-                    bufsize=0,
-                    env=_environment(gpu),
-                )
+                self._process = start(stderr, child_environment(gpu))
             except OSError as error:
-                raise EngineError(
-                    f"{what}: cannot be started: {error}", mend=f"run by hand: {' '.join(command)}"
-                ) from error
+                raise EngineError(f"{what}: cannot be started: {error}", mend=f"run by hand: {start}") from error
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._stdin = self._process.stdin
@@ -234,11 +207,11 @@ class WorkerClient(ChildClient[Request, Reply]):
         self,
         what: str,
         log: Path,
-        command: Sequence[str],
+        start: Start,
         *,
         timeout_s: float,
         progress: ReportProgress,
         gpu: str = "",
     ) -> None:
         """As `ChildClient`, with the protocol of `engines.protocol`."""
-        super().__init__(what, log, command, timeout_s=timeout_s, progress=progress, decode=decode_reply, gpu=gpu)
+        super().__init__(what, log, start, timeout_s=timeout_s, progress=progress, decode=decode_reply, gpu=gpu)

@@ -7,8 +7,9 @@ pipeline runs under `torch.inference_mode()`, since comfy-kitchen chooses its ke
 from __future__ import annotations
 
 import hashlib
-import logging
+import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ from msgspec import structs
 from PIL import Image
 
 from pytest_zimage.catalog.model import Workload
+from pytest_zimage.checkpoints.acceleration import compiling, empty_compile_cache
+from pytest_zimage.checkpoints.flops import transformer_flops
 from pytest_zimage.checkpoints.loader import load_pipeline
 from pytest_zimage.engines import faults
 from pytest_zimage.engines.clock import DeviceClock, hold
-from pytest_zimage.engines.protocol import Draw, DrawImages, Drawn, DrawnImage, DrawnImages, Load, Loaded, Round
+from pytest_zimage.engines.dispatch_faults import break_dispatch
+from pytest_zimage.engines.protocol import Draw, DrawImages, Drawn, DrawnImage, DrawnImages, Load, Loaded, Round, Traced
 from pytest_zimage.engines.sampler import build_scheduler, unshifted_sigmas
 from pytest_zimage.errors import EngineError, MeasurementError, UnsupportedError
+from pytest_zimage.probes.dispatch import DispatchTrace
+from pytest_zimage.probes.kitchen_log import Fallbacks
 
 Report = Callable[[str, int, int], None]
 """What is being done, how many are done, of how many."""
@@ -34,6 +40,7 @@ class DiffusersEngine:
     def __init__(self) -> None:
         self._loaded: _Variant | None = None
         self._ballast: list[torch.Tensor] = []
+        self._compiled: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def pipeline(self) -> Any:
@@ -47,6 +54,7 @@ class DiffusersEngine:
         """
         device = _device(request.device)
         self._ballast = _ballast(request.inject.memory_bytes, device)
+        self._compiled = empty_compile_cache() if request.variant.compile else None
         files = {role: Path(path) for role, path in request.files.items()}
         loaded = load_pipeline(
             request.variant, request.dims, files, Path(request.tokenizer), build_scheduler(request.workload), device
@@ -55,6 +63,7 @@ class DiffusersEngine:
         if request.inject.cold_load:
             hold(sum(phases_s.values()) * request.inject.cold_load)
             phases_s = {phase: seconds * (1 + request.inject.cold_load) for phase, seconds in phases_s.items()}
+        break_dispatch(request.inject.dispatch, loaded.pipeline.transformer)
         self._loaded = _Variant(request, loaded.pipeline, device)
         return Loaded(
             phases_s=phases_s,
@@ -63,6 +72,7 @@ class DiffusersEngine:
             tensors=loaded.tensors,
             compute=loaded.compute,
             notes=loaded.notes,
+            flops_per_image=self._loaded.flops_per_image(),
         )
 
     def draw(self, request: Draw, progress: Report) -> Drawn:
@@ -90,6 +100,13 @@ class DiffusersEngine:
             raise EngineError("nothing is loaded, so nothing can be drawn", mend="send Load before Draw")
         return self._loaded
 
+    def trace(self) -> Traced:
+        """Draw one untimed image of the workload and count what served it.
+
+        Raises as `draw` does; a layer that comfy-kitchen computed in another way is then named.
+        """
+        return self._ready().trace()
+
     def draw_images(self, request: DrawImages, progress: Report) -> DrawnImages:
         """Draw and keep the images of `request`, untimed; raises as `draw` does."""
         loaded = self._ready()
@@ -116,23 +133,44 @@ class _Variant:
         self.plain_clock = DeviceClock(device)
         self.inject = request.inject
         self._name = request.variant.name
+        self._compiles = request.variant.compile
         self.workload = request.workload
         self._sigmas = unshifted_sigmas(request.workload)
         self.pipeline = pipeline
         self._device = device
-        self._fallbacks = _Fallbacks()
+        self._fallbacks = Fallbacks()
         self._forwards = 0
         pipeline.transformer.register_forward_pre_hook(self._count)
 
     def draw(self, clock: DeviceClock, workload: Workload) -> tuple[Round, torch.Tensor]:
         """One timed image, and its pixels `[H, W, 3]` uint8 on the host."""
+        with self._fallbacks.listening():
+            drawn = self._draw(clock, workload)
+        if self._fallbacks.calls:
+            self.trace()  # names the layers
+            raise self._fallbacks.error(self._name)
+        return drawn
+
+    def trace(self) -> Traced:
+        """Draw one untimed image, and count what served it."""
+        with DispatchTrace(self.pipeline.transformer) as trace:
+            self._draw(self.plain_clock, self.workload)
+        trace.refuse_fallbacks(self._name)
+        return trace.traced()
+
+    def flops_per_image(self) -> int:
+        """Operations of the transformer in one image of the variant's own workload."""
+        tokens = self._tokens(self.workload.prompt).shape[1]
+        return transformer_flops(self.pipeline.transformer.config, self.workload, tokens)
+
+    def _draw(self, clock: DeviceClock, workload: Workload) -> tuple[Round, torch.Tensor]:
         self._forwards = 0
 
         def step_end(_pipeline: object, step: int, _timestep: object, _tensors: object) -> dict[str, torch.Tensor]:
             clock.mark(f"step_{step + 1}")
             return {}
 
-        with torch.inference_mode():
+        with torch.inference_mode(), compiling(self._name) if self._compiles else nullcontext():
             clock.start()
             prompt = self._encode(workload.prompt)
             negative = [self._encode("")] if workload.guidance > 0 else None
@@ -161,14 +199,19 @@ class _Variant:
 
     def _encode(self, prompt: str) -> torch.Tensor:
         """`[tokens, hidden]` in the transformer's type: the last layer but one, unpadded, without the final norm."""
-        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        ids = self._tokens(prompt).to(self._device)
+        states = self.pipeline.text_encoder(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+        embeddings: torch.Tensor = states[-2][0].to(self.pipeline.transformer.dtype)
+        return embeddings
+
+    def _tokens(self, prompt: str) -> torch.Tensor:
+        """`[1, tokens]` of the prompt in Qwen's chat template."""
+        tokenizer = self.pipeline.tokenizer
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
         )
-        ids = tokenizer(text, return_tensors="pt").input_ids.to(self._device)
-        states = encoder(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-        embeddings: torch.Tensor = states[-2][0].to(self.pipeline.transformer.dtype)
-        return embeddings
+        ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids
+        return ids
 
     def _noise(self, workload: Workload) -> torch.Tensor:
         """`[1, 16, H/8, W/8]` float32, drawn on the host so that every device starts from the same."""
@@ -198,7 +241,6 @@ class _Variant:
                 f"{self._name}: the image holds NaN or infinite values",
                 mend="check the weights: `--zimage-list` shows where each file was found",
             )
-        self._fallbacks.refuse(self._name)
 
 
 def _digest(pixels: torch.Tensor) -> str:
@@ -210,30 +252,6 @@ def _to_pixels(decoded: torch.Tensor) -> torch.Tensor:
     """`[1, 3, H, W]` in [-1, 1] to `[H, W, 3]` uint8 on the host, rounded as diffusers' image processor does."""
     image = (decoded[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float()
     return (image * 255).round().to(torch.uint8).contiguous().cpu()
-
-
-class _Fallbacks(logging.Handler):
-    """Hears comfy-kitchen say that a native kernel failed and was replaced, which it does in its log only."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._first = ""
-        logger = logging.getLogger("comfy_kitchen")
-        if not logger.isEnabledFor(logging.WARNING):
-            logger.setLevel(logging.WARNING)
-        logger.addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if "falling back" in message and not self._first:
-            self._first = message
-
-    def refuse(self, variant: str) -> None:
-        if self._first:
-            raise MeasurementError(
-                f"{variant}: a quantised kernel failed and comfy-kitchen dequantised the layer instead: {self._first}",
-                mend="the numbers would be another variant's; try another comfy-kitchen or torch release",
-            )
 
 
 def _device(name: str) -> torch.device:

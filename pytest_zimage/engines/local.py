@@ -7,8 +7,12 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from pytest_zimage.engines.base import Engine, ReportProgress, RunPlan
-from pytest_zimage.engines.client import WorkerClient, worker_command
+from pytest_zimage.engines.client import WorkerClient
+from pytest_zimage.engines.fit import guarding
+from pytest_zimage.engines.forking import ForkServer
 from pytest_zimage.engines.protocol import (
+    Canary,
+    CanaryTimed,
     Draw,
     Drawn,
     DrawnImage,
@@ -20,12 +24,15 @@ from pytest_zimage.engines.protocol import (
     Report,
     Reported,
     Request,
+    Trace,
+    Traced,
 )
 from pytest_zimage.engines.record import ColdLoad, RunRecord
 from pytest_zimage.errors import EngineError, MeasurementError
 from pytest_zimage.probes import pagecache
+from pytest_zimage.probes.leftover import DeviceUse
 
-Expected = TypeVar("Expected", Hello, Loaded, Drawn, DrawnImages, Reported)
+Expected = TypeVar("Expected", Hello, Loaded, Drawn, DrawnImages, Reported, Traced, CanaryTimed)
 
 
 class LocalEngine(Engine):
@@ -33,18 +40,28 @@ class LocalEngine(Engine):
 
     name = "diffusers"
 
+    def __init__(self) -> None:
+        self._server: ForkServer | None = None
+
     def run(self, plan: RunPlan, progress: ReportProgress) -> RunRecord:
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
         begin = time.monotonic()
         files = sorted(set(plan.files.values()))
-        with self._worker(plan, progress) as worker:
+        use = DeviceUse(plan.gpu)
+        with guarding(plan.fit, plan.gpu, progress) as guard, self._worker(plan, progress) as worker:
             # Emptied after the packages are imported: importing takes seconds in which something may read the files.
             hello = _expect(Hello, worker.receive("import"))
             _check_device(plan, hello)
             cache = pagecache.empty(files)
             loaded = _expect(Loaded, worker.ask(_load_request(plan), "load"))
             first = _expect(Drawn, worker.ask(Draw(rounds=1, first=True), "first image")).rounds[0]
-            drawn = _expect(Drawn, worker.ask(Draw(rounds=plan.rounds), "rounds"))
+            # Untimed, and so the image that warms up what the first one left cold.
+            traced = _expect(Traced, worker.ask(Trace(), "trace"))
+            drawn, fitness = guard.timed(
+                lambda: _expect(Drawn, worker.ask(Draw(rounds=plan.rounds), "rounds")),
+                worker=worker.pid,
+                canary=lambda: _expect(CanaryTimed, worker.ask(Canary(), "canary")),
+            )
             memory = _expect(Reported, worker.ask(Report(), "report"))
             images = _expect(DrawnImages, worker.ask(plan.images, "images")).images if plan.images else ()
             worker.close()
@@ -62,6 +79,7 @@ class LocalEngine(Engine):
                 residency=cache.residency,
                 emptied=cache.emptied,
                 notes=cache.notes,
+                fitness=guard.load,
             ),
             memory=memory,
             rss_idle_bytes=hello.rss_idle_bytes,
@@ -69,7 +87,11 @@ class LocalEngine(Engine):
             disk_bytes=sum(path.stat().st_size for path in files),
             environment={**plan.environment, **hello.environment},
             inject=plan.inject,
+            fitness=fitness,
+            dispatch=traced.dispatch,
+            dequantised=traced.dequantised,
             images=images,
+            device_left_bytes=use.left_bytes(),
             started_at=started_at,
             wall_s=time.monotonic() - begin,
         )
@@ -85,8 +107,16 @@ class LocalEngine(Engine):
 
     def _worker(self, plan: RunPlan, progress: ReportProgress) -> WorkerClient:
         what = f"worker of {plan.variant.name}, run {plan.index + 1}"
-        command = worker_command(plan.device)
-        return WorkerClient(what, plan.log, command, timeout_s=plan.timeout_s, progress=progress, gpu=plan.gpu)
+        if self._server is None or not self._server.alive:
+            self._server = ForkServer(plan.log.with_name("forkserver.log"))
+        self._server.ready(plan.timeout_s, progress)
+        start = self._server.worker(plan.device)
+        return WorkerClient(what, plan.log, start, timeout_s=plan.timeout_s, progress=progress, gpu=plan.gpu)
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
 
 def _check_device(plan: RunPlan, hello: Hello) -> None:

@@ -23,9 +23,13 @@ class Injection(Struct, frozen=True):
     """Extra memory, touched and held from before the load on."""
     quality: str = ""
     """`noise:SD` (of 1), `black`, `swap-prompts` or `wrong-seed`: what is done to the images drawn for quality."""
+    fitness: str = ""
+    """`throttle`, `process` or `canary:SHARE`: what is read of the machine although it is not so."""
+    dispatch: str = ""
+    """`fallback` (every operation on the slowest backend) or `dequantise` (quantised products fail)."""
 
     def __bool__(self) -> bool:
-        return bool(self.warm_latency or self.cold_load or self.memory_bytes or self.quality)
+        return self != Injection()
 
 
 # ---- requests ------------------------------------------------------------
@@ -128,6 +132,8 @@ class Loaded(Struct, frozen=True, tag=True):
     flops_per_image: int | None = None
     """Floating-point operations of the transformer in one image of the workload: products and attention, no more. None:
     not known."""
+    device_peak_bytes: int | None = None
+    """The most that tensors held on the device while loading. None: it has no memory of its own, or does not say."""
 
 
 class Round(Struct, frozen=True):
@@ -170,6 +176,8 @@ class CanaryTimed(Struct, frozen=True, tag=True):
     """bfloat16 matrix product, 1e12 operations a second: the ceiling of everything the model multiplies."""
     copy_gb_s: float | None = None
     """Copy within the device's memory, 1e9 bytes a second, read and written both counted."""
+    notes: tuple[str, ...] = ()
+    """Why a device that has a canary was not timed."""
 
 
 class Traced(Struct, frozen=True, tag=True):
@@ -177,6 +185,8 @@ class Traced(Struct, frozen=True, tag=True):
 
     dispatch: dict[str, int]
     """Calls by `operation: backend`, and by `linear: precision` for the linears."""
+    dequantised: dict[str, int] = {}
+    """Calls by layer, for layers that compute quantised and dequantised instead."""
 
 
 class Reported(Struct, frozen=True, tag=True):
@@ -189,6 +199,8 @@ class Reported(Struct, frozen=True, tag=True):
     device_reserved_peak_bytes: int | None
     nvml_process_peak_bytes: int | None
     notes: tuple[str, ...] = ()
+    device_held_bytes: int | None = None
+    """What tensors ask of the device between images, after all were drawn: weights, and whatever stays beside them."""
 
 
 class Closed(Struct, frozen=True, tag=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from msgspec import Struct, json
 
 from pytest_zimage.engines.protocol import DrawnImage, Injection, Loaded, Reported, Round
+from pytest_zimage.probes.fitness import Fitness
 
 
 class ColdLoad(Struct, frozen=True, kw_only=True):
@@ -23,6 +24,8 @@ class ColdLoad(Struct, frozen=True, kw_only=True):
     emptied: bool
     """Whether the cache was really empty. Runs are compared only with runs of the same kind."""
     notes: tuple[str, ...] = ()
+    fitness: Fitness | None = None
+    """The machine before it began; None: this engine does not look."""
 
 
 class RunRecord(Struct, frozen=True, kw_only=True):
@@ -42,8 +45,16 @@ class RunRecord(Struct, frozen=True, kw_only=True):
     disk_bytes: int
     environment: dict[str, str]
     inject: Injection = Injection()
+    fitness: Fitness | None = None
+    """The machine before, during and after the rounds; None: this engine does not look."""
+    dispatch: dict[str, int] | None = None
+    """Calls of one untimed image by `operation: backend`, as `Traced` has them; None: this engine does not trace."""
+    dequantised: dict[str, int] = {}
+    """Calls in that image of layers that dequantised instead of computing quantised, by layer."""
     images: tuple[DrawnImage, ...] = ()
     """Drawn for quality after everything else was measured."""
+    device_left_bytes: int | None = None
+    """Device memory in use once the process was gone, less what was in use before it began; None where unknown."""
     started_at: str = ""
     wall_s: float = 0.0
 

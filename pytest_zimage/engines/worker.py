@@ -14,8 +14,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from pytest_zimage.engines.pipes import die_with_parent, take_stdout
 from pytest_zimage.engines.protocol import (
+    Canary,
+    CanaryTimed,
     Close,
     Closed,
     Draw,
@@ -23,11 +27,13 @@ from pytest_zimage.engines.protocol import (
     Failure,
     Hello,
     Load,
+    Loaded,
     Progress,
     Reply,
     Report,
     Reported,
     Request,
+    Trace,
     decode_request,
     encode,
 )
@@ -35,13 +41,14 @@ from pytest_zimage.errors import ZImageError
 
 if TYPE_CHECKING:
     from pytest_zimage.engines.diffusers_engine import DiffusersEngine
+    from pytest_zimage.probes.canary import Aside
     from pytest_zimage.probes.memory import MemorySampler
 
 Say = Callable[[Reply], None]
 
 
-def main(arguments: list[str]) -> int:
-    """`arguments`: the torch device, `cpu` or `cuda:N`."""
+def main(arguments: list[str], imported_s: float = 0.0) -> int:
+    """`arguments`: the torch device, `cpu` or `cuda:N`; `imported_s`: what importing took before this process began."""
     started = time.perf_counter()
     (device,) = arguments
     die_with_parent()
@@ -55,43 +62,83 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from pytest_zimage.engines.diffusers_engine import DiffusersEngine
+    from pytest_zimage.probes.canary import Aside
     from pytest_zimage.probes.environment import worker_environment
     from pytest_zimage.probes.memory import rss_now, worker_sampler
 
     engine = DiffusersEngine()
     environment = worker_environment(torch, comfy_kitchen, device)
-    import_s = time.perf_counter() - started
+    import_s = imported_s + time.perf_counter() - started
     say(Hello(pid=os.getpid(), import_s=import_s, rss_idle_bytes=rss_now(), environment=environment))
+    aside = Aside(torch, device)
     with worker_sampler(torch, device) as sampler:
         for line in sys.stdin.buffer:
             request = decode_request(line)
             if isinstance(request, Close):
                 say(Closed())
                 return 0
-            say(_answer(engine, sampler, device, request, say))
+            say(_answer(engine, sampler, aside, device, request, say))
     return 1
 
 
-def _answer(engine: DiffusersEngine, sampler: MemorySampler, device: str, request: Request, say: Say) -> Reply:
+def _answer(
+    engine: DiffusersEngine, sampler: MemorySampler, aside: Aside, device: str, request: Request, say: Say
+) -> Reply:
     try:
         match request:
             case Load():
                 say(Progress("load"))
-                return engine.load(request)
+                return _weighed(engine.load(request), device)
             case Draw():
                 # The kernel keeps its high-water mark by itself; nothing of ours may run beside a timed image.
                 with nullcontext() if request.first else sampler.paused():
                     return engine.draw(request, lambda stage, done, total: say(Progress(stage, done, total)))
             case DrawImages():
                 return engine.draw_images(request, lambda stage, done, total: say(Progress(stage, done, total)))
+            case Canary():
+                # What it holds for a moment is not the variant's memory, whoever counts it.
+                with sampler.paused(), aside.taken():
+                    return _canary(device)
+            case Trace():
+                say(Progress("trace"))
+                return engine.trace()
             case Report():
-                return _report(sampler, device)
+                return aside.corrected(_report(sampler, device))
             case Close():
                 raise AssertionError("close is not answered here")
     except ZImageError as error:
         return Failure(type(error).__name__, error.message, error.mend)
     except Exception as error:
+        return _failure(error, device, "loading" if isinstance(request, Load) else "drawing")
+
+
+def _weighed(loaded: Loaded, device: str) -> Loaded:
+    import torch
+
+    from pytest_zimage.probes.memory import device_peaks
+
+    return structs.replace(loaded, device_peak_bytes=device_peaks(torch, device)[0])
+
+
+def _failure(error: Exception, device: str, doing: str) -> Failure:
+    import torch
+
+    from pytest_zimage.probes.shortage import shortage
+
+    told = shortage(error, torch, device, doing)
+    if told is None:
         return Failure(type(error).__name__, str(error), traceback=traceback.format_exc())
+    # Where it happened is for the log; what to do about it does not hang on that.
+    traceback.print_exc()
+    return Failure(type(told).__name__, told.message, told.mend)
+
+
+def _canary(device: str) -> CanaryTimed:
+    import torch
+
+    from pytest_zimage.probes.canary import time_canary
+
+    return time_canary(torch, device)
 
 
 def _report(sampler: MemorySampler, device: str) -> Reported:

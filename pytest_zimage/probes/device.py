@@ -14,6 +14,7 @@ from msgspec import Struct
 from pytest_zimage.catalog import Catalog, DeviceClass
 from pytest_zimage.errors import CatalogError, UnsupportedError
 from pytest_zimage.probes import nvml as nvml_probe
+from pytest_zimage.probes.identity import gpu_identity
 from pytest_zimage.probes.nvml import NvmlDevice
 
 _GIB = 1 << 30
@@ -35,6 +36,8 @@ class Machine(Struct, frozen=True, kw_only=True):
     driver: str = ""
     index: int | None = None
     """NVML's index, in PCI bus order."""
+    facts: dict[str, str] = {}
+    """Firmware, board, link and limits of the GPU, for the environment record; see `gpu_identity`."""
     notes: tuple[str, ...] = ()
 
 
@@ -85,6 +88,7 @@ def detect(
             uuid=device.uuid,
             driver=session.driver,
             index=device.index,
+            facts=gpu_identity(session, device.index),
             notes=(*notes, *why, *_kinds(seen, device), *class_notes, *memory_notes),
         )
 

@@ -70,6 +70,7 @@ def session_environment(rootdir: Path, machine: Machine | None = None) -> dict[s
             found["driver"] = machine.driver
         if machine.capability:
             found["device_capability"] = "{}.{}".format(*machine.capability)
+        found |= machine.facts
     return dict(sorted(found.items()))
 
 
@@ -86,6 +87,28 @@ def worker_environment(torch: Any, comfy_kitchen: Any, device: str = "cpu") -> d
         found["device"] = str(torch.cuda.get_device_name(device))
         found["device_capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
     return dict(sorted(found.items()))
+
+
+def slow_kitchen(found: Mapping[str, str]) -> str:
+    """Why quantised layers run without native kernels on the GPU of the record `found`; empty where they do not.
+
+    pip takes the pure-Python wheel without a word where no other fits: everything still works, slowly.
+    """
+    wheel, backends = found.get("comfy-kitchen_wheel", ""), found.get("comfy-kitchen_backends")
+    usable = backends is None or "cuda" in backends.split(",")
+    if "device_capability" not in found or (usable and "py3-none-any" not in wheel):
+        return ""
+    return (
+        f"comfy-kitchen has no cuda backend on {found.get('device', 'this GPU')} (wheel {wheel or 'unknown'}; backends "
+        f"{backends or 'unknown'}): everything still works, slowly. Its wheels with kernels need glibc 2.28 or newer "
+        f"(here {found.get('libc') or 'unknown'}) and a matching Python (here {found.get('python', 'unknown')})"
+    )
+
+
+def other_weights(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """The weights files, by `weights.ROLE`, whose recorded hash is not the present one: (old, new)."""
+    changed = diff(old, new)
+    return {key: pair for key, pair in changed.items() if key.startswith("weights.") and pair[0] != UNRECORDED}
 
 
 def kitchen_backends(comfy_kitchen: Any) -> str:
@@ -180,10 +203,11 @@ def memory_total_bytes() -> int:
 
 
 def firmware(folder: Path = _DMI) -> dict[str, str]:
-    """BIOS and board, where the kernel shows them (not in most virtual machines)."""
+    """BIOS, embedded controller and board, where the kernel shows them (not in most virtual machines)."""
     keys = {
         "bios": ("bios_vendor", "bios_version", "bios_date"),
-        "board": ("board_vendor", "board_name", "product_name"),
+        "board": ("board_vendor", "board_name", "board_version", "product_name", "product_version"),
+        "firmware_ec": ("ec_firmware_release",),
     }
     found = {key: " ".join(filter(None, (_read(folder / part) for part in parts))) for key, parts in keys.items()}
     return {key: value for key, value in found.items() if value}

@@ -193,6 +193,22 @@ def device_peaks(torch: Any, device: str) -> tuple[int | None, int | None]:
     return int(torch.cuda.max_memory_allocated(device)), int(torch.cuda.max_memory_reserved(device))
 
 
+def device_held(torch: Any, device: str) -> int | None:
+    """Bytes that the living tensors on `device` asked for, without the allocator's rounding; None where unknown.
+
+    Not to be asked beside a timed image: cuBLAS gives its workspaces back, which torch keeps among the tensors.
+    """
+    if not device.startswith("cuda"):
+        return None
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_stats(device).get("requested_bytes.all.current") or None
+
+
+def shares_memory(torch: Any, device: str) -> bool:
+    """Whether the device has no memory but the machine's, as GB10: what it holds is never added to resident sizes."""
+    return device.startswith("cuda") and bool(getattr(torch.cuda.get_device_properties(device), "is_integrated", False))
+
+
 def nvml_uuid(torch: Any, device: str) -> str:
     """NVML's name of a torch device (`GPU-...`), or the empty string where torch does not tell."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
@@ -229,6 +245,8 @@ def peaks(sampler: MemorySampler, torch: Any = None, device: str = "cpu") -> Rep
         notes.append(sampler.no_nvml)
     if allocated == 0:
         notes.append(f"torch allocated nothing on {device}")
+    if torch is not None and shares_memory(torch, device):
+        notes.append(f"{device} shares the machine's memory: its sizes are part of that, not on top of it")
     return Reported(
         rss_peak_bytes=kernel.bytes,
         rss_peak_source=kernel.source,
@@ -236,5 +254,6 @@ def peaks(sampler: MemorySampler, torch: Any = None, device: str = "cpu") -> Rep
         device_peak_bytes=allocated,
         device_reserved_peak_bytes=reserved,
         nvml_process_peak_bytes=sampler.nvml.peak_bytes if sampler.nvml else None,
+        device_held_bytes=device_held(torch, device) if torch is not None else None,
         notes=tuple(notes),
     )

@@ -15,6 +15,8 @@ from msgspec import Struct
 
 NOT_SUPPORTED = 3
 """NVML_ERROR_NOT_SUPPORTED of nvml.h."""
+GPU_IS_LOST = 15
+"""NVML_ERROR_GPU_IS_LOST: it has fallen off the bus, or the driver gave it up."""
 _NOT_AVAILABLE = 2**64 - 1
 """NVML_VALUE_NOT_AVAILABLE: what `usedGpuMemory` holds where the driver model hides it."""
 
@@ -70,8 +72,14 @@ def devices(nvml: Nvml) -> tuple[list[NvmlDevice], tuple[str, ...]]:
         handle = _try(lib, notes, f"GPU {index}", lib.nvmlDeviceGetHandleByIndex, index)
         if handle is None:
             continue
+        if _is_lost(lib, handle):
+            notes.append(f"GPU {index} is lost: it is in the driver's list and answers nothing, so it does not count")
+            continue
         whole = _device(lib, handle, index)
-        slices = list(_slices(lib, handle))
+        slices = list(_slices(lib, handle)) if _in_mig_mode(lib, handle) else None
+        if slices == []:
+            notes.append(f"GPU {index} ({whole.name}) is in MIG mode without a slice, which hides it from CUDA")
+            continue
         found += [_device(lib, piece, index, parent=whole) for piece in slices] if slices else [whole]
     return found, tuple(notes)
 
@@ -100,11 +108,21 @@ def _device(lib: Any, handle: Any, index: int, parent: NvmlDevice | None = None)
     )
 
 
+def _is_lost(lib: Any, handle: Any) -> bool:
+    try:
+        lib.nvmlDeviceGetName(handle)
+    except lib.NVMLError as error:
+        return getattr(error, "value", None) == GPU_IS_LOST
+    return False
+
+
+def _in_mig_mode(lib: Any, handle: Any) -> bool:
+    mode = _try(lib, [], "MIG mode", getattr(lib, "nvmlDeviceGetMigMode", None), handle)
+    return bool(mode and mode[0])
+
+
 def _slices(lib: Any, handle: Any) -> Iterator[Any]:
     """The MIG slices of a GPU in MIG mode; CUDA then sees them and not the GPU."""
-    mode = _try(lib, [], "MIG mode", getattr(lib, "nvmlDeviceGetMigMode", None), handle)
-    if not mode or not mode[0]:
-        return
     for index in range(_try(lib, [], "MIG count", lib.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
         piece = _try(lib, [], "MIG slice", lib.nvmlDeviceGetMigDeviceHandleByIndex, handle, index)
         if piece is not None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from pytest_zimage.engines.base import ReportProgress
 from pytest_zimage.engines.client import ChildClient
+from pytest_zimage.engines.processes import Command
 from pytest_zimage.errors import EngineError, ZImageError
 from pytest_zimage.quality.cache import ScoreCache
 from pytest_zimage.quality.protocol import (
@@ -115,7 +116,7 @@ class Judge:
             self._client = ChildClient(
                 "quality judge",
                 self._log,
-                self._command,
+                Command(self._command),
                 timeout_s=self._timeout_s,
                 progress=self._progress,
                 decode=decode_reply,

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 
 from pytest_zimage.reports import commands, units
+from pytest_zimage.reports.machine import throughput
 from pytest_zimage.reports.phases import phase_lines
 from pytest_zimage.verdict.model import Verdict
 
@@ -22,6 +23,8 @@ _EXPLANATION_WIDTH = 100
 def headline(verdict: Verdict, title: str = "") -> str:
     """One line: `nvfp4 warm latency: SLOWER  5.50 s -> 6.61 s  +20.1 % (95 % interval +18.9 .. +21.4 %)`."""
     start = f"{verdict.variant} {title or verdict.metric.replace('_', ' ')}: {verdict.verdict}"
+    if verdict.unfit:
+        start += f": {'; '.join(verdict.unfit)}"
     parts = [start, *_numbers(verdict), "[INJECTED]" if verdict.injected else ""]
     return "  ".join(part for part in parts if part)
 
@@ -49,18 +52,22 @@ def delta_text(verdict: Verdict, title: str = "", options: Sequence[str] = ()) -
     `title` is the metric's own; `options` are this session's command line options that its commands must repeat.
     """
     first = headline(verdict, title)
+    speed = throughput(verdict)
     if verdict.outcome == "pass" and not verdict.injected:
-        return first
+        return f"{first}\n  speed       {speed}" if speed else first
     lines = [first, *_explained(verdict)]
     for name, body in (
         ("band", _band(verdict)),
         ("certainty", _certainty(verdict)),
         ("runs", _runs(verdict)),
+        ("speed", [speed] if speed else []),
+        ("machine", list(verdict.fitness)),
         ("changed", _changed(verdict)),
         ("phases", phase_lines(verdict)),
+        ("dispatch", _dispatch(verdict)),
         ("environment", _environment(verdict)),
         ("reference", [verdict.reference] if verdict.reference else []),
-        ("notes", list(verdict.notes)),
+        ("notes", [note for note in verdict.notes if note not in _changed(verdict)]),
         ("next", _next(verdict, options)),
     ):
         lines += [f"  {name if not index else '':<12}{line}" for index, line in enumerate(body)]
@@ -78,7 +85,9 @@ def _explained(verdict: Verdict) -> list[str]:
         "record the new one.",
         "inconclusive": _missing_sensitivity(verdict),
         "no-baseline": "Nothing recorded to compare with, so nothing was judged: this is not a pass.",
-        "unfit": "This was not fit to be judged, so nothing was concluded: this is not a pass.",
+        "unfit": "The machine was not fit while this was timed, so nothing was concluded: this is not a pass."
+        if verdict.unfit
+        else "This was not fit to be judged, so nothing was concluded: this is not a pass.",
         "changed": "This must be equal on every machine and every run, so any difference counts.",
         "error": "There is no verdict on a number, because something is wrong with what was measured.",
     }.get(verdict.outcome, "")
@@ -149,6 +158,12 @@ def _runs(verdict: Verdict) -> list[str]:
 
 def _changed(verdict: Verdict) -> list[str]:
     return units.differences(verdict.baseline, verdict.value, verdict.unit) if verdict.outcome == "changed" else []
+
+
+def _dispatch(verdict: Verdict) -> list[str]:
+    if verdict.dispatch_changed is None:
+        return []
+    return list(verdict.dispatch_changed) or ["the same operations on the same backends as in the baseline's map"]
 
 
 def _environment(verdict: Verdict) -> list[str]:

@@ -52,6 +52,8 @@ class Results(Struct, frozen=True, kw_only=True):
     runs: tuple[RunRecord, ...] = ()
     """Every run, as it was observed."""
     updates: tuple[UpdateResult, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What to know of this machine beside every verdict."""
 
 
 def to_json(results: Results) -> bytes:
@@ -103,6 +105,7 @@ def merge(parts: Iterable[Results]) -> Results:
         errors=tuple(row for part in every for row in part.errors),
         runs=tuple(row for part in every for row in part.runs),
         updates=tuple(row for part in every for row in part.updates),
+        notes=tuple(dict.fromkeys(note for part in every for note in part.notes)),
     )
 
 

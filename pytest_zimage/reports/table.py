@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pytest_zimage.baselines.update import UpdateResult
 from pytest_zimage.reports import commands, units
+from pytest_zimage.reports.machine import throughput_lines, unfit_lines
 from pytest_zimage.verdict.model import Outcome, Verdict
 
 _MARKS: dict[Outcome, str] = {
@@ -44,7 +45,17 @@ def verdict_table(verdicts: Sequence[Verdict], *, width: int = _MIN_WIDTH, optio
     rows = [{name: cell(verdict) for name, cell in _COLUMNS.items()} for verdict in verdicts]
     lines = _fitted(names, rows, max(width, _MIN_WIDTH))
     legend = legend_line(verdicts)
-    return "\n".join([*lines, *([legend] if legend else []), "", counts_line(verdicts), next_line(verdicts, options)])
+    about = [*unfit_lines(verdicts), *throughput_lines(verdicts)]
+    return "\n".join(
+        [
+            *lines,
+            *([legend] if legend else []),
+            *(["", *about] if about else []),
+            "",
+            counts_line(verdicts),
+            next_line(verdicts, options),
+        ]
+    )
 
 
 def counts_line(verdicts: Sequence[Verdict]) -> str:
@@ -67,8 +78,8 @@ def next_line(verdicts: Sequence[Verdict], options: Sequence[str] = ()) -> str:
     """The command that helps most: look closer at the first failure, settle what is open, or record what is missing."""
     if failed := _first(verdicts, "regression", "changed", "error"):
         return f"next: {commands.closer(failed, options)}"
-    # A noisy machine is no place to record a first baseline.
-    if unsettled := _first(verdicts, "inconclusive"):
+    # A noisy machine is no place to record a first baseline, nor is one that was not fit.
+    if unsettled := _first([v for v in verdicts if v.outcome == "inconclusive" or v.unfit], "inconclusive", "unfit"):
         return f"next: {commands.closer(unsettled, options)}"
     if missing := [verdict for verdict in verdicts if verdict.outcome == "no-baseline"]:
         return f"next: {commands.record_all(missing, options)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pytest_zimage.verdict.model import Scale
+from pytest_zimage.verdict.moves import is_map_of_calls, moves
 
 Value = float | Mapping[str, int] | None
 NOTHING = "-"
@@ -118,6 +119,8 @@ def exact(number: float | None, unit: str) -> str:
 
 def differences(old: Value, new: Value, unit: str) -> list[str]:
     """What differs between two exact values, a line each: `fp8: 4,096 B (4.00 KiB) -> absent`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and is_map_of_calls({**old, **new}):
+        return list(moves(old, new))
     if isinstance(old, Mapping) or isinstance(new, Mapping):
         before = old if isinstance(old, Mapping) else {}
         after = new if isinstance(new, Mapping) else {}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from pytest_zimage.errors import BaselineError, MeasurementError, ZImageError
 from pytest_zimage.verdict.model import Judgement, Outcome
+from pytest_zimage.verdict.moves import is_map_of_calls, moves
 
 Exact = int | Mapping[str, int]
 
@@ -22,7 +23,10 @@ def judge_exact(new: Exact, base: Exact) -> Judgement:
     outcome: Outcome = "pass" if new == base else "changed"
     if isinstance(new, Mapping) and isinstance(base, Mapping):
         keys = sorted(new.keys() | base.keys())
-        notes = tuple(_difference(k, base.get(k), new.get(k)) for k in keys if new.get(k) != base.get(k))
+        if is_map_of_calls(new) and is_map_of_calls(base):
+            notes = moves(base, new)
+        else:
+            notes = tuple(_difference(k, base.get(k), new.get(k)) for k in keys if new.get(k) != base.get(k))
         value, baseline = sum(new.values()), sum(base.values())
     else:
         assert isinstance(new, int)

@@ -10,6 +10,7 @@ from msgspec import Struct
 from pytest_zimage.engines.protocol import Round
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import MeasurementError
+from pytest_zimage.probes.fitness import CanaryFigures
 
 
 class Sample(Struct, frozen=True, kw_only=True):
@@ -22,6 +23,8 @@ class Sample(Struct, frozen=True, kw_only=True):
     """Mean seconds by phase, where the metric has phases."""
     emptied: bool | None = None
     """Cold load only: whether the page cache was empty. Runs are compared only with runs of the same kind."""
+    canary: CanaryFigures | None = None
+    """How fast the device was around the rounds, where it was timed."""
     unavailable: str = ""
     """Why this engine or machine cannot say; then there is neither rounds nor an exact value."""
 
@@ -50,7 +53,8 @@ def _warm_latency(record: RunRecord) -> Sample:
         name: math.fsum(_phase(record, round_, name) for round_ in rounds) / len(rounds) for name in rounds[0].phases_s
     }
     times = tuple(_positive(record, "warm_latency", round_.seconds) for round_ in rounds)
-    return Sample(rounds=times, phases=phases)
+    canary = record.fitness.canary() if record.fitness else CanaryFigures()
+    return Sample(rounds=times, phases=phases, canary=canary if canary != CanaryFigures() else None)
 
 
 def _cold_load(record: RunRecord) -> Sample:
@@ -101,6 +105,14 @@ def _counts(name: str, read: Callable[[RunRecord], Mapping[str, int]]) -> Callab
     return taker
 
 
+def _dispatch(record: RunRecord) -> Sample:
+    if record.dispatch is not None and not record.dispatch:
+        raise MeasurementError(
+            f"{_where(record)}: the traced image called nothing", mend="an engine that cannot trace leaves the map None"
+        )
+    return _counts("dispatch", lambda run: run.dispatch or {})(record)
+
+
 _TAKERS: dict[str, Callable[[RunRecord], Sample]] = {
     "warm_latency": _warm_latency,
     "cold_load": _cold_load,
@@ -112,6 +124,7 @@ _TAKERS: dict[str, Callable[[RunRecord], Sample]] = {
     "tensors": _counts("tensors", lambda record: record.loaded.tensors),
     "linears": _counts("linears", lambda record: record.loaded.compute),
     "forwards": _forwards,
+    "dispatch": _dispatch,
 }
 
 

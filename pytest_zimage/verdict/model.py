@@ -67,6 +67,16 @@ class Verdict(Struct, frozen=True, kw_only=True):
     """Phase name to (baseline, measured) seconds."""
     environment_changed: dict[str, tuple[str, str]] = {}
     """Environment key to (baseline, now), only where they differ."""
+    dispatch_changed: tuple[str, ...] | None = None
+    """What was served otherwise than in the baseline's map, where the verdict needs explaining; None: not compared."""
+    unfit: tuple[str, ...] = ()
+    """Why the machine was not fit to be timed."""
+    fitness: tuple[str, ...] = ()
+    """What was read of the machine, in words, where the verdict leaves a question."""
+    flops_per_image: int | None = None
+    """Operations of the transformer in one image; with `value`, how much of the device a latency makes use of."""
+    ceiling_tflops: float | None = None
+    """Matrix products on this device in these runs, bfloat16, 1e12 operations a second."""
     injected: bool = False
     reference: str = ""
     """A published figure shown beside a verdict that has no baseline of its own."""

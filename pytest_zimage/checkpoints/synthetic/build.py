@@ -22,7 +22,9 @@ from pytest_zimage.checkpoints.synthetic.manifest import (
     writer_hash,
 )
 from pytest_zimage.checkpoints.synthetic.plan import FilePlan, plan_files
-from pytest_zimage.checkpoints.synthetic.writer import Progress, check_space, write_file
+from pytest_zimage.checkpoints.synthetic.sink import FileSink
+from pytest_zimage.checkpoints.synthetic.target import Stages
+from pytest_zimage.checkpoints.synthetic.writer import Progress, check_space, write_files
 from pytest_zimage.errors import CatalogError, CheckpointError
 
 _HEARTBEAT_S = 5.0
@@ -49,10 +51,12 @@ def build_model_set(
         needed = check_space(partial, plans)
         say(f"{name}: writing {len(plans)} files, {needed / 1e9:.2f} GB, to {root}")
         records: dict[str, FileRecord] = {}
-        for plan in plans:
-            path = write_file(plan, partial, device, _progress(name, say))
-            records[plan.path] = record_file(path)
-            say(f"{name}: {plan.path} {records[plan.path].bytes / 1e6:.1f} MB done")
+        began = time.perf_counter()
+        with FileSink(device) as sink:
+            for path, record in write_files(plans, partial, device, sink, _progress(name, needed, say)):
+                records[path] = record
+                say(f"{name}: {path} {record.bytes / 1e6:.1f} MB done")
+        say(f"{name}: {_speed(needed, time.perf_counter() - began, sink.stages)}")
         vocabulary = dims.text_encoder["vocab_size"]
         assert isinstance(vocabulary, int)
         tokenizer.write_tokenizer(partial, vocabulary)
@@ -79,16 +83,26 @@ def _wanted(plans: list[FilePlan], file_names: list[str] | None) -> list[FilePla
     return [plan for plan in plans if Path(plan.path).name in file_names]
 
 
-def _progress(name: str, say: Callable[[str], None]) -> Progress:
+def _progress(name: str, needed: int, say: Callable[[str], None]) -> Progress:
     last = time.monotonic()
 
-    def report(path: str, written: int, size: int) -> None:
+    def report(written: int) -> None:
         nonlocal last
         if time.monotonic() - last >= _HEARTBEAT_S:
             last = time.monotonic()
-            say(f"{name}: {path} {written / 1e9:.2f} of {size / 1e9:.2f} GB")
+            say(f"{name}: {written / 1e9:.2f} of {needed / 1e9:.2f} GB written")
 
     return report
+
+
+def _speed(written: int, seconds: float, stages: Stages) -> str:
+    making = seconds - stages.blocked - stages.finishing
+    return (
+        f"{written / 1e9:.2f} GB in {seconds:.1f} s ({written / 1e9 / seconds:.2f} GB/s): {making:.1f} s making "
+        f"weights, {stages.blocked:.1f} waiting for a free buffer, {stages.finishing:.1f} for the last files; threads "
+        f"together: {stages.device:.1f} s copying, {stages.write:.1f} writing, {stages.flush:.1f} flushing, "
+        f"{stages.hash:.1f} hashing"
+    )
 
 
 def _publish(manifest: Manifest, partial: Path, root: Path) -> None:

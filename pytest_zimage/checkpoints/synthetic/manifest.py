@@ -30,6 +30,7 @@ _WRITER_SOURCES = (
     "networks.py",
     "scales.py",
     "synthetic/plan.py",
+    "synthetic/sink.py",
     "synthetic/storage.py",
     "synthetic/tokenizer.py",
     "synthetic/values.py",

@@ -1,17 +1,20 @@
-"""Writes planned files: weight by weight, so that memory is bounded by the largest one."""
+"""Writes planned files: each weight is made once and encoded for every file of its role that wants it.
+
+Memory is bounded by the largest weight and the sink's buffers.
+"""
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
-from pytest_zimage.checkpoints.synthetic.plan import FilePlan, Weight
-from pytest_zimage.checkpoints.synthetic.storage import Stored, encode
+from pytest_zimage.checkpoints.synthetic.manifest import FileRecord
+from pytest_zimage.checkpoints.synthetic.plan import FilePlan
+from pytest_zimage.checkpoints.synthetic.sink import FileSink
+from pytest_zimage.checkpoints.synthetic.storage import Storage, Stored, encode
 from pytest_zimage.checkpoints.synthetic.values import make_weight
 from pytest_zimage.errors import CheckpointError
 
@@ -23,9 +26,10 @@ _DTYPES = {
 }
 _SPARE_BYTES = 64 << 20
 """Free space to leave over for everything else on the disk."""
+_WAIT_S = 1.0
 
-Progress = Callable[[str, int, int], None]
-"""Called with the file's path, the bytes written so far and the file's size."""
+Progress = Callable[[int], None]
+"""Called now and then with the bytes written so far, in all files."""
 
 
 def check_space(folder: Path, plans: Sequence[FilePlan]) -> int:
@@ -40,40 +44,75 @@ def check_space(folder: Path, plans: Sequence[FilePlan]) -> int:
     return needed
 
 
-def write_file(plan: FilePlan, root: Path, device: torch.device, progress: Progress) -> Path:
-    """Write one file below `root` and flush it to the disk."""
-    start, offsets, size = plan.header()
-    path = root / plan.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(start)
-        # Markers are zeros, and whatever is not written reads as zeros.
-        file.truncate(size)
-        written = len(start)
-        for weight in plan.weights:
-            for name, tensor in _tensors(plan, weight, device).items():
-                written += _put(file, tensor, *offsets[name])
-            progress(plan.path, written, size)
-        file.flush()
-        os.fsync(file.fileno())
-    if written + sum(marker.nbytes for marker in plan.markers) != size:
-        raise CheckpointError(f"{path}: {written} of {size} planned bytes were written", mend="report this as a bug")
-    return path
+def write_files(
+    plans: Sequence[FilePlan], root: Path, device: torch.device, sink: FileSink, progress: Progress
+) -> Iterator[tuple[str, FileRecord]]:
+    """Write the files of `plans` below `root`: each one's path in the set and its record, once it is on the disk.
+
+    Raises `CheckpointError` for a tensor that is not as planned and for a file that cannot be written.
+    """
+    left = len(plans)
+    for role in dict.fromkeys(plan.role for plan in plans):
+        files = [_File(plan, root, sink) for plan in plans if plan.role == role]
+        for name, shape, wanted in _weights(files):
+            # The quantised files of a role come from the same BF16 values as the BF16 file, so that variants compare;
+            # the VAE exists in F32 only.
+            dtype = torch.float32 if role == "vae" else torch.bfloat16
+            weight = make_weight(f"{role}/{name}", shape, dtype, device)
+            for file, storage in wanted:
+                file.put(encode(storage, name, weight))
+            progress(sink.written)
+        for file in files:
+            file.close()
+    while left:
+        done = sink.finished(_WAIT_S)
+        progress(sink.written)
+        if done is not None:
+            left -= 1
+            yield done[0].path.relative_to(root).as_posix(), done[1]
 
 
-def _tensors(plan: FilePlan, weight: Weight, device: torch.device) -> dict[str, torch.Tensor]:
-    # The quantised files of a role come from the same BF16 values as the BF16 file, so that variants compare; the VAE
-    # exists in F32 only.
-    dtype = torch.float32 if plan.role == "vae" else torch.bfloat16
-    return encode(weight.storage, weight.name, make_weight(f"{plan.role}/{weight.name}", weight.shape, dtype, device))
+class _File:
+    """One planned file and where it goes."""
+
+    def __init__(self, plan: FilePlan, root: Path, sink: FileSink) -> None:
+        start, self._offsets, self._size = plan.header()
+        self._sink = sink
+        self._target = sink.open(root / plan.path, self._size, start)
+        self.weights = plan.weights
+        # Markers are zeros, which is what the sink leaves where nothing is put.
+        self._planned = len(start) + sum(marker.nbytes for marker in plan.markers)
+
+    def put(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            stored, offset = self._offsets[name]
+            _check(tensor, stored)
+            self._sink.put(self._target, offset, tensor)
+            self._planned += stored.nbytes
+
+    def close(self) -> None:
+        if self._planned != self._size:
+            raise CheckpointError(
+                f"{self._target.path}: {self._planned} of {self._size} planned bytes were written",
+                mend="report this as a bug",
+            )
+        self._sink.close(self._target)
 
 
-def _put(file: BinaryIO, tensor: torch.Tensor, stored: Stored, offset: int) -> int:
+def _weights(files: list[_File]) -> Iterator[tuple[str, tuple[int, ...], list[tuple[_File, Storage]]]]:
+    """Each weight once, with the files that want it and how they store it; by name, as they lie in the files."""
+    wanted: dict[tuple[str, tuple[int, ...]], list[tuple[_File, Storage]]] = {}
+    for file in files:
+        for weight in file.weights:
+            wanted.setdefault((weight.name, weight.shape), []).append((file, weight.storage))
+    for (name, shape), storages in sorted(wanted.items(), key=lambda item: item[0]):
+        yield name, shape, storages
+
+
+def _check(tensor: torch.Tensor, stored: Stored) -> None:
     if tensor.dtype != _DTYPES[stored.dtype] or tuple(tensor.shape) != stored.shape:
         raise CheckpointError(
             f"tensor {stored.name!r}: planned {stored.dtype} {list(stored.shape)}, "
             f"comfy-kitchen gave {tensor.dtype} {list(tensor.shape)}",
             mend="report this as a bug, with the version of comfy-kitchen",
         )
-    file.seek(offset)
-    return file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)

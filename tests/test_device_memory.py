@@ -1,0 +1,184 @@
+"""Device memory holds the weights once and comes back: the two checks that need no baseline."""
+
+from __future__ import annotations
+
+import pytest
+from scripted_nvml import GIB, Gpu, NVMLError, ScriptedNvml
+
+from pytest_zimage.probes.leftover import ALLOWED_BYTES, DeviceUse
+
+MIB = 1 << 20
+SUITE = """
+def test_held(zimage):
+    zimage.gate(zimage.memory_held())
+
+def test_returned(zimage):
+    zimage.gate(zimage.memory_returned())
+"""
+ON_A_GPU = """
+import pytest_zimage.session
+from pytest_zimage.probes.device import Machine
+
+def detect(catalog, visible, **options):
+    return Machine(device_class=catalog.device("{name}"), torch_device="cuda:0", name="a GPU", capability=(9, 0))
+
+pytest_zimage.session.detect = detect
+"""
+SOUND = {
+    "rounds": [1.0],
+    "weight_bytes": {"bfloat16": 20 * GIB},
+    "device_held": 20 * GIB + 40 * MIB,
+    "device_load_peak": 20 * GIB + 100 * MIB,
+    "device_peak": 22 * GIB,
+    "device_left": 3 * MIB,
+}
+
+
+# ---- the probe --------------------------------------------------------------
+
+
+def use(*used_gib: float | None):
+    """A `DeviceUse` before which the first size is in use, then the others in turn; and how often it slept."""
+    gpu, rest, slept = Gpu("NVIDIA H200", (9, 0), 139.8, "GPU-a", used_gib=used_gib[0]), list(used_gib[1:]), []
+    lib = ScriptedNvml(gpu)
+    found = DeviceUse("GPU-a", lib=lib, sleep=slept.append)
+    answer = lib.nvmlDeviceGetMemoryInfo
+
+    def following(handle):
+        gpu.used_gib = rest.pop(0) if len(rest) > 1 else rest[0]
+        return answer(handle)
+
+    lib.nvmlDeviceGetMemoryInfo = following
+    return found, slept
+
+
+def test_memory_that_comes_back_at_once_is_asked_once():
+    found, slept = use(0.5, 0.5)
+    assert (found.left_bytes(), slept) == (0, [])
+
+
+def test_memory_that_comes_back_late_is_waited_for():
+    found, slept = use(0.5, 20.5, 20.5, 0.5)
+    assert (found.left_bytes(), len(slept)) == (0, 2)
+
+
+def test_memory_that_stays_is_told_after_about_five_seconds():
+    found, slept = use(0.5, 1.5)
+    assert found.left_bytes() == GIB
+    assert 4 < sum(slept) < 7
+
+
+def test_what_others_gave_back_meanwhile_is_no_fault():
+    found, _ = use(2.5, 0.5)
+    assert found.left_bytes() == -2 * GIB
+
+
+def test_unknown_is_none_and_not_zero():
+    assert DeviceUse("").left_bytes() is None, "the CPU"
+    broken = ScriptedNvml(broken=NVMLError(12, "NVML Shared Library Not Found"))
+    assert DeviceUse("GPU-a", lib=broken).left_bytes() is None
+    assert DeviceUse("GPU-b", lib=ScriptedNvml(Gpu("NVIDIA H200", (9, 0), 139.8, "GPU-a"))).left_bytes() is None
+    falling = Gpu("NVIDIA H200", (9, 0), 139.8, "GPU-a")
+    found = DeviceUse("GPU-a", lib=ScriptedNvml(falling))
+    falling.fallen = True
+    assert found.left_bytes() is None
+
+
+def test_a_slice_is_asked_for_itself():
+    piece = Gpu("NVIDIA H200 MIG 1g.18gb", None, 16, "MIG-1", used_gib=1)
+    whole = Gpu("NVIDIA H200", (9, 0), 139.8, "GPU-a", slices=(piece,), used_gib=100)
+    found = DeviceUse("MIG-1", lib=ScriptedNvml(whole), sleep=lambda seconds: None)
+    piece.used_gib, whole.used_gib = 1.5, 20
+    assert found.left_bytes() == GIB // 2
+
+
+# ---- the gates ---------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(script):
+    """A scripted project on a scripted H200."""
+    return on(script, "h200")
+
+
+def on(script, name):
+    script.project.makepyfile(test_suite=SUITE)
+    conftest = script.project.path / "conftest.py"
+    conftest.write_text(conftest.read_text() + ON_A_GPU.format(name=name))
+    return script
+
+
+def outcome(script, results, run, name):
+    script(bf16=[run])
+    done = script.run("bf16", "-k", name)
+    (verdict,) = results()["verdicts"]
+    return done, verdict
+
+
+def test_sound_memory_passes(gpu, results):
+    gpu(bf16=[SOUND])
+    done = gpu.run("bf16")
+    done.assert_outcomes(passed=2)
+    held, returned = results()["verdicts"]
+    assert (held["verdict"], returned["verdict"]) == ("PASS", "PASS")
+    assert held["notes"] == ["peak 22.0 GiB = weights 20.0 GiB + activations 1.96 GiB"]
+    assert results()["runs"][0]["device_left_bytes"] == 3 * MIB
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ({"device_held": 40 * GIB}, "and tensors hold 40.0 GiB between images"),
+        ({"device_held": 10 * GIB}, "and tensors hold 10.0 GiB between images"),
+        ({"device_held": int(20 * GIB * 1.021)}, "and tensors hold 20.4 GiB between images"),
+        ({"device_load_peak": 40 * GIB}, "and loading held up to 40.0 GiB"),
+    ],
+)
+def test_weights_that_are_not_held_once_are_told(gpu, results, fault, says):
+    done, verdict = outcome(gpu, results, {**SOUND, **fault}, "held")
+    done.assert_outcomes(failed=1)
+    assert (verdict["verdict"], verdict["outcome"]) == ("NOT EXPLAINED", "error")
+    assert any(says in note for note in verdict["notes"])
+    done.stdout.fnmatch_lines([f"*{says}*"])
+
+
+@pytest.mark.parametrize("fault", [{"device_held": int(20 * GIB * 1.019)}, {"device_held": int(20 * GIB * 0.981)}])
+def test_two_per_cent_are_allowed(gpu, results, fault):
+    done, _ = outcome(gpu, results, {**SOUND, **fault}, "held")
+    done.assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize(("left", "passes"), [(ALLOWED_BYTES, True), (ALLOWED_BYTES + MIB, False), (-5 * GIB, True)])
+def test_memory_left_behind_is_told(gpu, results, left, passes):
+    done, verdict = outcome(gpu, results, {**SOUND, "device_left": left}, "returned")
+    done.assert_outcomes(passed=int(passes), failed=int(not passes))
+    assert verdict["verdict"] == ("PASS" if passes else "NOT RETURNED")
+    if not passes:
+        done.stdout.fnmatch_lines(["*65.0 MiB of device memory stayed in use*64.0 MiB may*"])
+
+
+@pytest.mark.parametrize("missing", ["device_held", "device_load_peak", "device_peak", "device_left"])
+def test_what_is_unknown_skips_and_says_why(gpu, missing):
+    gpu(bf16=[{key: value for key, value in SOUND.items() if key != missing}])
+    done = gpu.run("bf16", "-rs")
+    done.assert_outcomes(passed=1, skipped=1)
+    done.stdout.fnmatch_lines(["SKIPPED*does not say what*"])
+
+
+@pytest.mark.parametrize(("name", "why"), [("gb10", "shares the machine's memory"), ("cpu", "of its own")])
+def test_a_device_without_memory_of_its_own_skips(script, name, why):
+    if name == "gb10":
+        on(script, name)
+    else:
+        script.project.makepyfile(test_suite=SUITE)
+    script(bf16=[SOUND])
+    done = script.run("bf16", "-rs")
+    done.assert_outcomes(skipped=2)
+    done.stdout.fnmatch_lines([f"SKIPPED*{why}*"])
+
+
+def test_they_are_judged_also_while_baselines_are_recorded(gpu, results):
+    gpu(bf16=[{**SOUND, "device_left": GIB}])
+    done = gpu.run("bf16", "--update-baselines", "--update-reason", "first")
+    done.assert_outcomes(passed=1, failed=1)
+    assert [row["verdict"] for row in results()["verdicts"]] == ["PASS", "NOT RETURNED"]
