@@ -115,8 +115,8 @@ def test_operations_of_an_image_are_what_torch_counts():
 
 
 def test_a_full_size_image_is_about_half_a_petaflop():
-    """6.15e9 parameters x 4 160 tokens x 8 steps would be 0.41 PFLOP, and attention 0.07; but two refiners of 0.18e9 see
-    the caption alone, and the modulation of 32 blocks one vector."""
+    """6.15e9 parameters x 4 160 tokens x 8 steps would be 0.41 PFLOP, and attention 0.07; but two refiners of 0.18e9
+    see the caption alone, and the modulation of 32 blocks one vector."""
     config = built().config
     full = {**dict(config), **set_dims("synthetic-full", CATALOG).transformer}
     workload = CATALOG.workload("turbo-1024")

@@ -14,6 +14,9 @@ from pytest_zimage.catalog.model import Variant
 from pytest_zimage.checkpoints.attention import FusedAttention
 from pytest_zimage.errors import UnsupportedError
 
+_SHAPES = 64
+"""Graphs that one kind of block may be compiled to."""
+
 
 def choose_attention(transformer: Any, variant: Variant) -> None:
     """Have every attention of `transformer` computed by `variant.attention`.
@@ -36,6 +39,10 @@ def choose_attention(transformer: Any, variant: Variant) -> None:
 
 def compile_blocks(transformer: Any) -> None:
     """Have every transformer block compiled when it first runs, once for each shape, and wholly or not at all."""
+    import torch._dynamo.config
+
+    # Each length of caption is a shape of its own for two kinds of blocks; graphs that serve every length are slower.
+    torch._dynamo.config.recompile_limit = _SHAPES
     for module in transformer.modules():
         if type(module).__name__ in ("FusedBlock", "ZImageTransformerBlock"):
             module.compile(fullgraph=True, dynamic=False)

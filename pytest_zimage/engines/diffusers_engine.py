@@ -91,7 +91,7 @@ class DiffusersEngine:
             image, pixels = loaded.draw(clock, loaded.workload)
             rounds.append(image)
         if request.save:
-            Image.fromarray(pixels.numpy()).save(request.save, format="PNG")
+            _save(pixels, request.save)
         progress("image", request.rounds, request.rounds)
         return Drawn(tuple(rounds))
 
@@ -119,7 +119,7 @@ class DiffusersEngine:
             )
             _, pixels = loaded.draw(loaded.plain_clock, workload)
             pixels = faults.damaged(pixels, loaded.inject.quality, job.seed)
-            Image.fromarray(pixels.numpy()).save(job.path, format="PNG")
+            _save(pixels, job.path)
             images.append(DrawnImage(job.prompt, job.seed, job.path, _digest(pixels)))
         return DrawnImages(tuple(images))
 
@@ -246,6 +246,11 @@ class _Variant:
 def _digest(pixels: torch.Tensor) -> str:
     """sha256 of the pixels, row by row: the fingerprint of an image."""
     return hashlib.sha256(pixels.numpy().data).hexdigest()
+
+
+def _save(pixels: torch.Tensor, path: str) -> None:
+    # The lightest compression: a tenth larger than the default's files, in a seventh of its time.
+    Image.fromarray(pixels.numpy()).save(path, format="PNG", compress_level=1)
 
 
 def _to_pixels(decoded: torch.Tensor) -> torch.Tensor:

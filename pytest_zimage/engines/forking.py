@@ -39,7 +39,9 @@ class ForkServer:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._control, theirs = socket.socketpair()
         # comfy-kitchen, torch and diffusers ask whether there is a GPU; asked through the driver, no fork could use it.
-        environment = {**child_environment(""), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        # A thread of numpy's BLAS would not survive the fork, and no worker multiplies with numpy.
+        settings = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment = {**child_environment(""), **settings}
         with theirs, log.open("wb") as stderr:
             try:
                 self._process = subprocess.Popen(

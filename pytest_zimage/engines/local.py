@@ -48,22 +48,30 @@ class LocalEngine(Engine):
         begin = time.monotonic()
         files = sorted(set(plan.files.values()))
         use = DeviceUse(plan.gpu)
+        asked_s: dict[str, float] = {}
+
+        def ask(kind: type[Expected], request: Request, stage: str) -> Expected:
+            asked = time.monotonic()
+            reply = _expect(kind, worker.ask(request, stage))
+            asked_s[stage] = asked_s.get(stage, 0.0) + time.monotonic() - asked
+            return reply
+
         with guarding(plan.fit, plan.gpu, progress) as guard, self._worker(plan, progress) as worker:
             # Emptied after the packages are imported: importing takes seconds in which something may read the files.
             hello = _expect(Hello, worker.receive("import"))
             _check_device(plan, hello)
             cache = pagecache.empty(files)
-            loaded = _expect(Loaded, worker.ask(_load_request(plan), "load"))
-            first = _expect(Drawn, worker.ask(Draw(rounds=1, first=True), "first image")).rounds[0]
+            loaded = ask(Loaded, _load_request(plan), "load")
+            first = ask(Drawn, Draw(rounds=1, first=True), "first image").rounds[0]
             # Untimed, and so the image that warms up what the first one left cold.
-            traced = _expect(Traced, worker.ask(Trace(), "trace"))
+            traced = ask(Traced, Trace(), "trace")
             drawn, fitness = guard.timed(
-                lambda: _expect(Drawn, worker.ask(Draw(rounds=plan.rounds), "rounds")),
+                lambda: ask(Drawn, Draw(rounds=plan.rounds), "rounds"),
                 worker=worker.pid,
-                canary=lambda: _expect(CanaryTimed, worker.ask(Canary(), "canary")),
+                canary=lambda: ask(CanaryTimed, Canary(), "canary"),
             )
-            memory = _expect(Reported, worker.ask(Report(), "report"))
-            images = _expect(DrawnImages, worker.ask(plan.images, "images")).images if plan.images else ()
+            memory = ask(Reported, Report(), "report")
+            images = ask(DrawnImages, plan.images, "images").images if plan.images else ()
             worker.close()
         return RunRecord(
             variant=plan.variant.name,
@@ -94,6 +102,7 @@ class LocalEngine(Engine):
             device_left_bytes=use.left_bytes(),
             started_at=started_at,
             wall_s=time.monotonic() - begin,
+            asked_s=asked_s,
         )
 
     def draw(self, plan: RunPlan, progress: ReportProgress) -> tuple[DrawnImage, ...]:

@@ -57,6 +57,8 @@ class RunRecord(Struct, frozen=True, kw_only=True):
     """Device memory in use once the process was gone, less what was in use before it began; None where unknown."""
     started_at: str = ""
     wall_s: float = 0.0
+    asked_s: dict[str, float] = {}
+    """Seconds from each request to its answer, by stage: where the run's wall time went."""
 
     def to_json(self) -> bytes:
         return json.encode(self)

@@ -57,4 +57,7 @@ def inspect(pixels: Pixels, limits: ImageLimits) -> tuple[Finding, ...]:
 
 def _colours(pixels: Pixels) -> int:
     wide = pixels.astype(np.uint32)
-    return int(np.unique((wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]).size)
+    # A flag for each colour there is: sorting a million pixels takes twenty times as long.
+    seen = np.zeros(1 << 24, bool)
+    seen[(wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]] = True
+    return int(np.count_nonzero(seen))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TypeVar
@@ -14,6 +15,7 @@ import torch
 from msgspec import structs
 
 from pytest_zimage.errors import MeasurementError, UnsupportedError
+from pytest_zimage.probes.environment import usable_cores
 from pytest_zimage.quality.checks import Pixels, inspect
 from pytest_zimage.quality.clip import ClipScorer, open_clip_scorer
 from pytest_zimage.quality.images import pixels_sha256, read_image
@@ -36,6 +38,8 @@ Report = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 _BATCH = 16
+_THREADS = 8
+"""Images compared at once: SSIM of 1024x1024 pixels takes some 200 MB."""
 _LPIPS_PIXELS = 1 << 20
 """Pixels of one LPIPS batch: a 1024x1024 image by itself, as batching gains nothing there and costs memory."""
 _LPIPS_MIN_SIDE = 35
@@ -58,17 +62,24 @@ class Scoring:
         self._limits = load_limits().image
         self._image_features: dict[str, torch.Tensor] = {}
         self._text_features: dict[str, torch.Tensor] = {}
+        # numpy and scikit-image work on one core and let go of Python's lock; a 1024x1024 image keeps them for 1.4 s.
+        self._pool = ThreadPoolExecutor(min(usable_cores(), _THREADS))
 
     def score(self, items: Sequence[Item], progress: Report) -> tuple[ImageScore, ...]:
         """One score an item, in their order."""
         scores: list[ImageScore] = []
         for batch in _batches(items, _BATCH):
             progress("scoring images", len(scores), len(items))
-            images = [_read(item.path, item.pixels_sha256, item.size) for item in batch]
+            images = list(self._pool.map(lambda item: _read(item.path, item.pixels_sha256, item.size), batch))
             cosines = self._cosines(images, [item.text for item in batch])
             paired = [index for index, item in enumerate(batch) if item.reference]
-            references = [_read(batch[i].reference, batch[i].reference_sha256, batch[i].size) for i in paired]
+            references = list(
+                self._pool.map(
+                    lambda item: _read(item.reference, item.reference_sha256, item.size), [batch[i] for i in paired]
+                )
+            )
             compared = dict(zip(paired, self._compare([images[i] for i in paired], references), strict=True))
+            findings = list(self._pool.map(lambda image: inspect(image.pixels, self._limits), images))
             for index, (item, image) in enumerate(zip(batch, images, strict=True)):
                 scores.append(
                     ImageScore(
@@ -79,7 +90,7 @@ class Scoring:
                         clip_score=cosines[index],
                         tokens_lost=self._clip.tokens_lost(item.text) if self._clip else 0,
                         against=compared.get(index),
-                        findings=inspect(image.pixels, self._limits),
+                        findings=findings[index],
                     )
                 )
         return tuple(scores)
@@ -144,10 +155,13 @@ class Scoring:
         ]
 
     def _compare(self, images: Sequence[_Image], references: Sequence[_Image]) -> list[Comparison]:
-        compared = [
-            compare_pixels(image.path, image.pixels, reference.path, reference.pixels)
-            for image, reference in zip(images, references, strict=True)
-        ]
+        compared = list(
+            self._pool.map(
+                lambda image, reference: compare_pixels(image.path, image.pixels, reference.path, reference.pixels),
+                images,
+                references,
+            )
+        )
         lpips = self._lpips
         if lpips is None:
             return compared
