@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
             + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in run.asked_s.items())
         )
     share = pure_s / wall_s
-    print(f"{len(results.runs)} runs: {share:.1%} of {wall_s:.1f} s was loading and drawing; at least {WANTED:.0%} wanted")
+    print(f"{len(results.runs)} runs: {share:.1%} of {wall_s:.1f} s was loading and drawing (at least {WANTED:.0%})")
     return 0 if share >= WANTED else 1
 
 
