@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
+from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import ZImageError
 from pytest_zimage.probes.environment import UNRECORDED, slow_kitchen
 from pytest_zimage.reports import results as results_file
 from pytest_zimage.reports.results import ErrorRow, Results
 from pytest_zimage.reports.table import update_table, verdict_table
+from pytest_zimage.runbook import missing_from, runs_in
 from pytest_zimage.session import ZImageSession, start
-from pytest_zimage.xdist import is_worker
+from pytest_zimage.stash import SESSION
+from pytest_zimage.xdist import is_worker, place_of
 
 _KEPT = 40
 """Folders of sessions, and of images by build."""
@@ -46,7 +49,7 @@ def finish(session: pytest.Session, ours: ZImageSession) -> None:
     if is_worker(session.config):
         session.config.workeroutput["zimage"] = results_file.to_json(part).decode()  # type: ignore[attr-defined]
         return
-    if not (part.verdicts or part.errors or part.runs):
+    if not (part.verdicts or part.errors or part.runs or ours.notes):
         return
     _write_results(ours, part)
     ours.notes = part.notes
@@ -69,13 +72,34 @@ def _write_results(ours: ZImageSession, part: Results) -> None:
             return
 
 
+def save_part(config: pytest.Config) -> None:
+    """Keep what this worker of xdist has found so far, for the controller to take over if the worker vanishes."""
+    place, ours = place_of(config), config.stash.get(SESSION, None)
+    if place is not None and ours is not None and (ours.verdicts or ours.errors or ours.updates):
+        results_file.write(_part_file(ours, place.name), _part(ours))
+
+
 def merge(ours: ZImageSession, found: str) -> None:
     """Take over what one of xdist's workers found."""
     part = results_file.from_json(found.encode())
     ours.verdicts.extend(part.verdicts)
     ours.errors.extend(part.errors)
     ours.updates.extend(part.updates)
+    ours.received.extend(run for run in part.runs if run not in ours.received)
     ours.notes = (*ours.notes, *part.notes)
+
+
+def merge_vanished(ours: ZImageSession, worker: str, host: str, why: str) -> None:
+    """Take over what a worker had found before it vanished, and say that it did."""
+    saved = _part_file(ours, worker)
+    if saved.is_file():
+        merge(ours, saved.read_text(encoding="utf-8"))
+    where = f" on {host}: what it had measured there is lost" if host else ""
+    ours.notes = (*ours.notes, f"xdist's worker {worker} vanished ({why}){where}")
+
+
+def _part_file(ours: ZImageSession, worker: str) -> Path:
+    return ours.folder / "parts" / f"{worker}.json"
 
 
 def summarise(reporter: pytest.TerminalReporter, ours: ZImageSession) -> None:
@@ -105,7 +129,8 @@ def _written(ours: ZImageSession) -> list[str]:
 
 
 def _part(ours: ZImageSession) -> Results:
-    made = tuple(ours.book.all()) if ours.measured else ()
+    place = place_of(ours.config)
+    made = _runs(ours) if place is None or place.apart else ()
     environment = {**ours.environment, **(made[0].environment if made else {})}
     return Results(
         started_at=ours.started_at.isoformat(timespec="seconds"),
@@ -114,10 +139,16 @@ def _part(ours: ZImageSession) -> Results:
         settings={name: _plain(value) for name, value in vars(ours.settings).items()},
         verdicts=tuple(ours.verdicts),
         errors=tuple(ours.errors),
-        runs=() if is_worker(ours.config) else made,
+        runs=made,
         updates=tuple(ours.updates),
         notes=tuple(dict.fromkeys((*ours.notes, *_notes(ours, environment)))),
     )
+
+
+def _runs(ours: ZImageSession) -> tuple[RunRecord, ...]:
+    """Every run of the session: in its folder, and from workers whose folder cannot be read from here."""
+    here = runs_in(ours.runs_folder)
+    return (*here, *(run for run in ours.received if run not in here))
 
 
 def _notes(ours: ZImageSession, environment: dict[str, str]) -> tuple[str, ...]:
@@ -128,7 +159,21 @@ def _notes(ours: ZImageSession, environment: dict[str, str]) -> tuple[str, ...]:
         for old, new in filter(None, models)
         if old != UNRECORDED
     ]
-    return tuple(filter(None, [slow_kitchen(environment), *others]))
+    return tuple(filter(None, [slow_kitchen(environment), *others, *_crowd(ours), *_missing(ours)]))
+
+
+def _crowd(ours: ZImageSession) -> tuple[str, ...]:
+    place = place_of(ours.config)
+    if place is None or "machine" not in vars(ours) or not 0 < ours.machine.visible < place.workers:
+        return ()
+    gpus = f"{ours.machine.visible} GPU" + ("s" if ours.machine.visible > 1 else "")
+    return (f"{place.workers} workers share {gpus} and wait for each other: -n {ours.machine.visible} is as fast",)
+
+
+def _missing(ours: ZImageSession) -> tuple[str, ...]:
+    # A worker cannot tell what is missing from what the others are still making.
+    missing = [] if is_worker(ours.config) else missing_from(ours.runs_folder)
+    return tuple(f"{what} is missing: the process that made it is gone" for what in missing)
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from pytest_zimage.session import start
 from pytest_zimage.xdist import refuse_collection
 
 _PARAMETER = "zimage_variant"
+_CLAIM = "zimage_claim"
 
 
 def check_settings(config: pytest.Config) -> None:
@@ -36,10 +37,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(_PARAMETER, ["?"], indirect=True, scope="session")
         return
     session = start(metafunc.config)
-    lane = session.machine.device_class.name
-    if not any(line.partition(":")[0] == lane for line in metafunc.config.getini("markers")):
-        # A device that no table of an ini value names is a lane all the same, and --strict-markers must know it.
-        metafunc.config.addinivalue_line("markers", f"{lane}: zimage lane: runs on {session.machine.name}")
+    lane = _lane(metafunc.config)
     together = metafunc.config.pluginmanager.hasplugin("xdist")
     params = []
     for variant in session.variants():
@@ -50,8 +48,42 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(_PARAMETER, params, indirect=True, scope="session")
 
 
+def parametrize_claims(metafunc: pytest.Metafunc) -> None:
+    """One test per claim and variant, marked with the lane that it was made on and with this machine's.
+
+    Each is a group of its own for xdist, which hands out small groups last: by then the variants' runs are there.
+    """
+    try:
+        check_settings(metafunc.config)
+    except pytest.UsageError:
+        metafunc.parametrize(_CLAIM, [("?", 0)], ids=["?"], indirect=True)
+        return
+    session = start(metafunc.config)
+    here = _lane(metafunc.config)
+    params = []
+    for claim in session.catalog.claims.values():
+        marks = [getattr(pytest.mark, lane) for lane in dict.fromkeys((here, claim.lane))]
+        for case, names in enumerate(claim.cases()):
+            name = claim.name if claim.kind == "order" else f"{claim.name}-{names[0]}"
+            params.append(pytest.param((claim.name, case), id=name, marks=marks))
+    metafunc.parametrize(_CLAIM, params, indirect=True)
+
+
+def _lane(config: pytest.Config) -> str:
+    machine = start(config).machine
+    lane = machine.device_class.name
+    if not any(line.partition(":")[0] == lane for line in config.getini("markers")):
+        # A device that no table of an ini value names is a lane all the same, and --strict-markers must know it.
+        config.addinivalue_line("markers", f"{lane}: zimage lane: runs on {machine.name}")
+    return lane
+
+
 def check_collection(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Stop with a usage error if the suite cannot work as asked, or `-m` asks for it on a machine that this is not."""
+    """Stop with a usage error if the suite cannot work as asked, or `-m` asks for it on a machine that this is not.
+
+    Claims come last: they are about runs that the tests of the variants make.
+    """
+    items.sort(key=lambda item: _CLAIM in getattr(item, "fixturenames", ()))
     try:
         check_settings(config)
         session = start(config)

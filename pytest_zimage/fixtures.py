@@ -9,6 +9,7 @@ import pytest
 if TYPE_CHECKING:
     from pytest_zimage.catalog import Variant
     from pytest_zimage.gate import ZImage
+    from pytest_zimage.judging_claims import ClaimCheck
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +27,14 @@ def zimage(request: pytest.FixtureRequest, zimage_variant: Variant) -> ZImage:
     from pytest_zimage.session import start
 
     return ZImage(request, start(request.config), zimage_variant)
+
+
+@pytest.fixture
+def zimage_claim(request: pytest.FixtureRequest) -> ClaimCheck:
+    """One published claim: `zimage_claim.check()` measures it between variants of this session."""
+    from pytest_zimage.judging_claims import ClaimCheck
+    from pytest_zimage.session import start
+
+    session = start(request.config)
+    name, case = request.param
+    return ClaimCheck(request, session, session.catalog.claims[name], case)

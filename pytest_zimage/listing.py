@@ -9,6 +9,7 @@ import pytest
 from pytest_zimage.baselines.store import Absent
 from pytest_zimage.baselines.update import centre
 from pytest_zimage.catalog import Role, Variant
+from pytest_zimage.checkpoints.folders import weight_files
 from pytest_zimage.errors import BaselineError, MissingFileError, ZImageError
 from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession, start
@@ -30,10 +31,11 @@ def _lines(session: ZImageSession) -> Iterator[str]:
     yield f"device    {machine.device_class.name}: {machine.name}" + "".join(f"\n          {n}" for n in machine.notes)
     yield f"models    {model_set.name} in {model_set.root}"
     yield f"workload  {session.workload.name}: {session.workload.title}"
-    chosen = session.catalog.select(session.settings.config)
-    for variant in chosen:
+    for variant in session.catalog.select(session.settings.config or ("*",)):
         tags = "".join(f" @{tag}" for tag in variant.tags)
         yield f"\n{variant.name}  {variant.title} {tags}"
+        if not variant.default:
+            yield "    runs          only when asked for by name, glob or tag"
         yield f"    lanes         {', '.join(variant.lanes) or 'any'}"
         yield f"    rough time    {_rough_time(session, variant)}"
         for role, file_name in variant.files().items():
@@ -48,7 +50,8 @@ def _found(session: ZImageSession, role: Role, file_name: str) -> str:
         if session.model_set.managed:
             return f"{file_name}: written when a run first needs it"
         return f"{file_name}: {_wrong(error)}"
-    return f"{file_name}: found, {units.quantity(path.stat().st_size, 'bytes')}: {path}"
+    size = sum(file.stat().st_size for file in weight_files(path))
+    return f"{file_name}: found, {units.quantity(size, 'bytes')}: {path}"
 
 
 def _found_tokenizer(session: ZImageSession) -> str:

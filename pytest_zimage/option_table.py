@@ -45,7 +45,8 @@ class Option:
 OPTIONS: tuple[Option, ...] = (
     Option(
         "config",
-        "variants to run: a name, a glob, or --zimage-config=@tag; repeatable, commas",
+        "variants to run: a name, a glob ('*': all), or --zimage-config=@tag; repeatable, commas"
+        " (default: those that --zimage-list does not mark)",
         metavar="NAME",
         many=True,
     ),

@@ -1,7 +1,8 @@
 """How a verdict becomes a test's own outcome.
 
 Passed: PASS and improvements. Failed: regressions, changed facts, errors. Skipped, under their own name and letter and
-never among the passed: what could not be judged; `--zimage-strict` fails those too.
+never among the passed: what could not be judged; `--zimage-strict` fails those too. A claim made of another machine is
+told under its own name, and nothing fails it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ UNJUDGED: dict[str, tuple[str, str]] = {
     "NO BASELINE": ("N", "without baseline"),
     "INCONCLUSIVE": ("I", "inconclusive"),
     "UNFIT": ("U", "unfit"),
+    "SEEN": ("C", "claims seen"),
 }
+
+
+def is_ours(item: pytest.Item) -> bool:
+    """Whether a test of the suite: one that measures a variant or a claim."""
+    return not {"zimage_variant", "zimage_claim"}.isdisjoint(getattr(item, "fixturenames", ()))
 
 
 def skip_status(report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:

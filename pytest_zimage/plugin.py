@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 zimage = fixtures.zimage
 zimage_variant = fixtures.zimage_variant
+zimage_claim = fixtures.zimage_claim
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_zimage.xdist import XdistHooks
 
         config.pluginmanager.register(XdistHooks(config), "zimage-xdist")
-    if options.given(config):
+    # A worker of xdist cannot stop the session from here: what is wrong there it tells once it has collected.
+    if options.given(config) and not hasattr(config, "workerinput"):
         from pytest_zimage.collect import check_settings
 
         check_settings(config)
@@ -57,11 +59,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         from pytest_zimage.collect import parametrize
 
         parametrize(metafunc)
+    if "zimage_claim" in metafunc.fixturenames:
+        from pytest_zimage.collect import parametrize_claims
+
+        parametrize_claims(metafunc)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if any("zimage_variant" in getattr(item, "fixturenames", ()) for item in items):
+    if any(outcomes.is_ours(item) for item in items):
         from pytest_zimage.collect import check_collection
 
         check_collection(config, items)
@@ -79,7 +85,7 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[Any]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if call.excinfo is not None and "zimage_variant" in getattr(item, "fixturenames", ()):
+    if call.excinfo is not None and outcomes.is_ours(item):
         from pytest_zimage.closing import note_error
 
         note_error(item, call.excinfo.value, report)

@@ -1,13 +1,13 @@
 """The runs of one session, in a folder that its xdist workers share.
 
-A run is measured by whichever process needs it first, under a lock that holds the device, and read by the others: so
-each variant is loaded once however the tests are spread, and two timed runs never meet on one device. A run that failed
-is kept as its error, which every test of the variant then reports.
+A run is measured by whichever process needs it first and read by the others: so each variant is loaded once however
+the tests are spread. Two locks see to it: one of the run, since workers may have a GPU each, and one of the device,
+since two timed runs must never meet on one. A run that failed is kept as its error, which every test of the variant
+then reports.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +20,11 @@ from pytest_zimage.engines.base import ReportProgress
 from pytest_zimage.engines.protocol import DrawnImage
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import EngineError, MeasurementError, ZImageError
+from pytest_zimage.locks import OTHER_CACHE, held
 
 _IMAGES = ".images.json"
-_OTHER_CACHE = "name a cache folder that can be written to: --zimage-cache DIR"
+_BEGUN = ".begun"
+_WRITABLE = "make the project's folder writable"
 
 
 class StoredError(Struct, frozen=True):
@@ -39,9 +41,9 @@ class RunBook:
     def __init__(self, folder: Path, lock: Path) -> None:
         self._folder = folder
         self._lock = lock
-        with _on_disk(folder, "make the project's folder writable"):
+        with _on_disk(folder, _WRITABLE):
             folder.mkdir(parents=True, exist_ok=True)
-        with _on_disk(lock, _OTHER_CACHE):
+        with _on_disk(lock, OTHER_CACHE):
             lock.parent.mkdir(parents=True, exist_ok=True)
 
     def get(self, variant: str, index: int, measure: Callable[[], RunRecord], progress: ReportProgress) -> RunRecord:
@@ -62,18 +64,11 @@ class RunBook:
     def _made(self, path: Path, what: str, make: Callable[[], bytes], progress: ReportProgress) -> bytes:
         failed = path.with_suffix(".error.json")
         if not path.exists() and not failed.exists():
-            with self.device(progress):
-                # Another process may have measured it while this one waited for the device.
+            waiting = f"waiting for {what}, which another process makes"
+            with held(path.with_suffix(".lock"), waiting, progress, mend=_WRITABLE):
                 if not path.exists() and not failed.exists():
-                    try:
-                        _write(path, make())
-                    except ZImageError as error:
-                        _write(failed, json.encode(StoredError(type(error).__name__, error.message, error.mend)))
-                    except Exception as error:  # a fault of an engine's own code: told once with its traceback
-                        text = f"{what} ended with {type(error).__name__}: {error}"
-                        mend = "the first failing test of this variant has the traceback"
-                        _write(failed, json.encode(StoredError(EngineError.__name__, text, mend)))
-                        raise
+                    with self.device(progress), _begun(path, what):
+                        _make(path, failed, what, make)
         if failed.exists():
             raise _read_error(failed)
         return path.read_bytes()
@@ -87,21 +82,47 @@ class RunBook:
 
     def all(self) -> list[RunRecord]:
         """Every run of the session that succeeded, in the order they were made."""
-        paths = [path for path in self._folder.glob("*.json") if not path.name.endswith((".error.json", _IMAGES))]
-        return [RunRecord.from_json(path.read_bytes()) for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns)]
+        return runs_in(self._folder)
 
     @contextmanager
     def device(self, progress: ReportProgress) -> Iterator[None]:
         """Hold the device: nothing is timed on it meanwhile."""
-        with _on_disk(self._lock, _OTHER_CACHE):
-            lock = self._lock.open("w")
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                progress("waiting for the device, which another process is timing on", 0, 0)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with held(self._lock, "waiting for the device, which another process is timing on", progress):
             yield
+
+
+def runs_in(folder: Path) -> list[RunRecord]:
+    """Every run kept in `folder` that succeeded, in the order they were made."""
+    paths = [path for path in folder.glob("*.json") if not path.name.endswith((".error.json", _IMAGES))]
+    return [RunRecord.from_json(path.read_bytes()) for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns)]
+
+
+def missing_from(folder: Path) -> list[str]:
+    """What was begun in `folder` and never ended, because the process that made it is gone."""
+    return [path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"*{_BEGUN}"))]
+
+
+@contextmanager
+def _begun(path: Path, what: str) -> Iterator[None]:
+    """Leave a mark for as long as `what` is being made; it outlives a process that is killed."""
+    mark = path.with_suffix(_BEGUN)
+    _write(mark, what.encode())
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _make(path: Path, failed: Path, what: str, make: Callable[[], bytes]) -> None:
+    try:
+        _write(path, make())
+    except ZImageError as error:
+        _write(failed, json.encode(StoredError(type(error).__name__, error.message, error.mend)))
+    except Exception as error:  # a fault of an engine's own code: told once with its traceback
+        text = f"{what} ended with {type(error).__name__}: {error}"
+        mend = "the first failing test of this variant has the traceback"
+        _write(failed, json.encode(StoredError(EngineError.__name__, text, mend)))
+        raise
 
 
 def _read_error(path: Path) -> ZImageError:

@@ -30,13 +30,14 @@ from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import CatalogError, ZImageError
 from pytest_zimage.judging_fitness import fit_plan
 from pytest_zimage.liveline import Heartbeat, LiveLine, can_redraw
+from pytest_zimage.locks import disks
 from pytest_zimage.options import Settings, read_settings, repeated_options
 from pytest_zimage.probes.device import Machine, detect
 from pytest_zimage.probes.environment import machine_fingerprint, memory_total_bytes, session_environment
 from pytest_zimage.reports.progress import Progress
 from pytest_zimage.runbook import RunBook
-from pytest_zimage.stash import SESSION
-from pytest_zimage.xdist import is_worker
+from pytest_zimage.stash import FOLDER, SESSION
+from pytest_zimage.xdist import given_folder, is_worker, place_of
 
 if TYPE_CHECKING:
     from pytest_zimage.baselines.update import UpdateResult
@@ -56,6 +57,8 @@ class ZImageSession:
         self.verdicts: list[Verdict] = []
         self.errors: list[ErrorRow] = []
         self.updates: list[UpdateResult] = []
+        self.received: list[RunRecord] = []
+        """Runs that xdist's workers sent, because they made them in another folder."""
         self.results_path: Path | None = None
         self.notes: tuple[str, ...] = ()
         """What to know of this machine beside every verdict; found when the session ends."""
@@ -81,6 +84,7 @@ class ZImageSession:
             os.environ.get("CUDA_VISIBLE_DEVICES"),
             choice=self.settings.device,
             memory_total_bytes=memory_total_bytes(),
+            worker=(place.slot, place.workers) if (place := place_of(self.config)) else None,
         )
 
     @cached_property
@@ -123,7 +127,17 @@ class ZImageSession:
     @cached_property
     def book(self) -> RunBook:
         device = self.machine.uuid or self.machine.torch_device
-        return RunBook(self.folder / "runs", self.settings.cache / "locks" / f"{device.replace(':', '-')}.lock")
+        return RunBook(self.runs_folder, self._locks / f"{device.replace(':', '-')}.lock")
+
+    @property
+    def runs_folder(self) -> Path:
+        """Where the runs of this session lie, those of its xdist workers on this host too."""
+        return self.folder / "runs"
+
+    @property
+    def _locks(self) -> Path:
+        """Locks of devices and disks, for all sessions of this host."""
+        return self.settings.cache / "locks"
 
     @cached_property
     def progress(self) -> Progress:
@@ -147,11 +161,6 @@ class ZImageSession:
             fitness=str(amounts.get("fitness", "")),
             dispatch=str(amounts.get("dispatch", "")),
         )
-
-    @property
-    def measured(self) -> bool:
-        """Whether any run was asked for."""
-        return "book" in vars(self)
 
     @property
     def repeated_options(self) -> list[str]:
@@ -245,6 +254,7 @@ class ZImageSession:
             log=self.folder / "logs" / f"{variant.name}-{index + 1}.log",
             timeout_s=self.settings.timeout_s,
             fit=fit_plan(self, variant),
+            reading=lambda progress: disks(self._locks, files.values(), progress),
         )
 
     def _fingerprint(self, path: Path) -> str:
@@ -264,9 +274,9 @@ def start(config: pytest.Config) -> ZImageSession:
 
 
 def shared_folder(config: pytest.Config) -> Path:
-    """The folder of this session, the same for all its xdist workers."""
-    given = getattr(config, "workerinput", {}).get("zimage_folder")
-    if given:
-        return Path(given)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return config.rootpath / ".zimage" / "sessions" / f"{stamp}-{os.getpid()}"
+    """The folder of this session, the same for all its xdist workers and their controller."""
+    if FOLDER not in config.stash:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        own = config.rootpath / ".zimage" / "sessions" / f"{stamp}-{os.getpid()}"
+        config.stash[FOLDER] = given_folder(config) or own
+    return config.stash[FOLDER]

@@ -1,7 +1,8 @@
-"""Where the session of a pytest process hangs: a key light enough for every pytest run to import."""
+"""Where the session of a pytest process hangs: keys light enough for every pytest run to import."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,3 +11,4 @@ if TYPE_CHECKING:
     from pytest_zimage.session import ZImageSession
 
 SESSION: pytest.StashKey[ZImageSession] = pytest.StashKey()
+FOLDER: pytest.StashKey[Path] = pytest.StashKey()

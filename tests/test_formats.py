@@ -227,12 +227,20 @@ def test_incomplete_or_misshapen_layer(tensors, format_, message):
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"),
-    [((N,), "per channel"), ((N, 1), "per channel"), ((2, 1), "per block"), ((2, 1, 1, 1), "per block")],
+    ("shape", "blocks"),
+    [((N,), (1, K)), ((N, 1), (1, K)), ((2, 1), (N // 2, K)), ((2, 1, 4, 1), (N // 2, K // 4)), ((), None)],
 )
-def test_fp8_scales_finer_than_a_tensor(shape, message):
-    error = refusal(layer("fp8", weight_scale=("F32", shape)), layers={"x": "float8_e4m3fn"}, kind=UnsupportedError)
-    assert message in error.message
+def test_fp8_scales_finer_than_a_tensor(shape, blocks):
+    found = read_contents(layer("fp8", weight_scale=("F32", shape)), layers={"x": "float8_e4m3fn"})
+    assert found.quantised["x"].scale_blocks == blocks
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3,), "F32"), ((K,), "F32"), ((2, 1, 1), "F32"), ((7, 1), "F32"), ((N,), "BF16")]
+)
+def test_fp8_scales_that_divide_nothing(shape, dtype):
+    tensors = layer("fp8", weight_scale=(dtype, shape))
+    assert "'x.weight_scale' (float8_e4m3fn)" in refusal(tensors, layers={"x": "float8_e4m3fn"}).message
 
 
 def test_inverse_block_scales():

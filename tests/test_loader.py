@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import torch
 from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from drawing import latents, relative
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3Model
@@ -70,28 +71,6 @@ def altered(root, tmp_path):
         return target
 
     return _altered
-
-
-def latents(loaded, steps: int = 2) -> torch.Tensor:
-    """What the pipeline draws from fixed noise and a fixed embedding."""
-    generator = torch.Generator().manual_seed(7)
-    width = DIMS.transformer["cap_feat_dim"]
-    with torch.inference_mode():
-        return loaded.pipeline(
-            prompt_embeds=[torch.randn(21, width, generator=generator).to(loaded.pipeline.transformer.dtype)],
-            latents=torch.randn(1, 16, 16, 16, generator=generator),
-            height=128,
-            width=128,
-            num_inference_steps=steps,
-            sigmas=[1 - i / steps for i in range(steps)],
-            guidance_scale=0.0,
-            output_type="latent",
-            return_dict=False,
-        )[0]
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 # ---- what is loaded -------------------------------------------------------
@@ -321,17 +300,17 @@ def test_casting_a_quantised_file_is_refused(load, root) -> None:
         load("fp8-cast", files={"transformer": root / "diffusion_models" / NVFP4})
 
 
-def test_separate_projections_need_plain_kernels(load, altered) -> None:
+@pytest.mark.parametrize("kernels", ["comfy", "plain"])
+def test_plain_projections_of_their_own_are_read_as_the_fused_one(load, altered, kernels) -> None:
     def split(tensors, metadata):
         for name in [name for name in tensors if ".attention.qkv." in name]:
             for part, rows in zip("qkv", tensors.pop(name).chunk(3), strict=True):
                 tensors[name.replace(".qkv.", f".to_{part}.")] = rows.clone()
 
     path = altered(BF16, split)
-    with pytest.raises(UnsupportedError, match='kernels = "plain"'):
-        load("bf16", files={"transformer": path})
-    found = latents(load("bf16", files={"transformer": path}, kernels="plain"))
-    assert torch.equal(found, latents(load("bf16", kernels="plain")))
+    loaded, fused = load("bf16", files={"transformer": path}, kernels=kernels), load("bf16", kernels=kernels)
+    assert (loaded.compute, loaded.weight_bytes) == (fused.compute, fused.weight_bytes)
+    assert torch.equal(latents(loaded), latents(fused))
 
 
 def test_file_cut_short_after_its_header_was_checked(root, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from pytest_zimage.catalog import load_catalog
@@ -16,9 +17,14 @@ ALL = ["bf16", "fp8-cast", "fp8-cast-fast", "fp8-scaled", "nvfp4", "nvfp4-fp8e"]
         ([], ALL),
         (["nvfp4"], ["nvfp4"]),
         (["nvfp4", "bf16"], ["bf16", "nvfp4"]),
+        (["*"], [variant.name for variant in load_catalog().variants.values()]),
         (["fp8-*"], ["fp8-cast", "fp8-cast-fast", "fp8-scaled"]),
-        (["@nvfp4"], ["nvfp4", "nvfp4-fp8e"]),
-        (["*fp8*", "fp8-cast"], ["fp8-cast", "fp8-cast-fast", "fp8-scaled", "nvfp4-fp8e"]),
+        (["@part1", "bf16-compile"], [*ALL, "bf16-compile"]),
+        (["*fp8e*", "fp8-cast"], ["fp8-cast", "nvfp4-fp8e"]),
+        (
+            ["modelopt-f*", "online-fp8"],
+            ["modelopt-full", *(f"modelopt-ffn-{n}" for n in ("only", "attn-qkv", "attn-out")), "online-fp8"],
+        ),
     ],
 )
 def test_selection_keeps_catalogue_order(patterns, names):
@@ -31,8 +37,27 @@ def test_close_matches_are_offered():
 
 
 def test_unknown_tag_lists_the_known():
-    with pytest.raises(CatalogError, match=r"no variant has the tag @int8\n  mend: known tags: bf16, fp8, nvfp4"):
-        load_catalog().select(["@int8"])
+    with pytest.raises(CatalogError, match=r"no variant has the tag @nvpf4\n  mend: known tags: bf16, .*fp8, .*nvfp4"):
+        load_catalog().select(["@nvpf4"])
+
+
+def test_the_default_ones_are_those_of_the_catalogue_and_a_users_own():
+    catalog = load_catalog()
+    assert [name for name, variant in catalog.variants.items() if variant.default] == ALL
+    row = catalog.variants["bf16"]
+    mine = msgspec.structs.replace(row, name="mine")
+    hidden = msgspec.structs.replace(row, name="hidden", default=False)
+    users = msgspec.structs.replace(catalog, variants={"mine": mine, "hidden": hidden})
+    assert users.select([]) == [mine]
+    assert users.select(["@bf16"]) == users.select(["*"]) == [mine, hidden]
+
+
+def test_a_session_draws_the_default_ones_and_others_when_asked(script):
+    script(default=[{"rounds": [1.0]}])
+    script.project.runpytest_subprocess()
+    assert script.ran == [f"{name}-1" for name in ALL]
+    script.project.runpytest_subprocess("--zimage-config", "online-fp8")
+    assert script.ran[len(ALL) :] == ["online-fp8-1"]
 
 
 @pytest.mark.parametrize(
@@ -66,5 +91,5 @@ def test_an_unknown_name_is_a_usage_error(script, workers):
 def test_a_tag_is_given_with_an_equals_sign(script):
     """After a space pytest itself takes an `@` for a file of arguments."""
     script(default=[{"rounds": [1.0]}])
-    script.project.runpytest_subprocess("--zimage-config=@nvfp4")
-    assert script.ran == ["nvfp4-1", "nvfp4-fp8e-1"]
+    script.project.runpytest_subprocess("--zimage-config=@part1")
+    assert script.ran == [f"{name}-1" for name in ALL]

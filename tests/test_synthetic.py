@@ -25,6 +25,7 @@ from pytest_zimage.checkpoints.synthetic import (
     ensure,
     ensure_model_set,
     manifest,
+    plan,
     read_manifest,
     set_dims,
     sink,
@@ -257,22 +258,22 @@ def dequantised_nvfp4(file, layer):
 def test_what_is_planned_is_what_is_encoded():
     weight = make_weight("x", (128, 64), torch.bfloat16, CPU)
     names = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
-    for storage in ("bf16", "f32", "fp8_scale_weight", "fp8_blob", "nvfp4_header", "nvfp4_blob"):
+    for storage in ("bf16", "f32", "fp8_scale_weight", "fp8_blob", "nvfp4_header", "nvfp4_blob", "modelopt_fp8"):
         planned = {tensor.name: (tensor.dtype, tensor.shape) for tensor in describe(storage, "x.weight", (128, 64))}
         encoded = encode(storage, "x.weight", weight)
         assert {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in encoded.items()} == planned
 
 
 def test_a_tensor_that_is_not_as_planned_is_refused(dims, tmp_path, monkeypatch):
-    real = writer.encode
-    monkeypatch.setattr(writer, "encode", lambda *args: {name: t.double() for name, t in real(*args).items()})
+    real = plan.encode
+    monkeypatch.setattr(plan, "encode", lambda *args: {name: t.double() for name, t in real(*args).items()})
     with pytest.raises(CheckpointError, match="planned F32"), FileSink(CPU) as sink:
         list(writer.write_files(plan_files(dims)[-1:], tmp_path, CPU, sink, lambda written: None))
 
 
 def test_a_file_that_lacks_a_planned_tensor_is_refused(dims, tmp_path, monkeypatch):
-    real = writer.encode
-    monkeypatch.setattr(writer, "encode", lambda *args: {} if "conv_in" in args[1] else real(*args))
+    real = plan.encode
+    monkeypatch.setattr(plan, "encode", lambda *args: {} if "conv_in" in args[1] else real(*args))
     with pytest.raises(CheckpointError, match="planned bytes were written"), FileSink(CPU) as sink:
         list(writer.write_files(plan_files(dims)[-1:], tmp_path, CPU, sink, lambda written: None))
 

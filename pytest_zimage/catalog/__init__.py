@@ -1,5 +1,6 @@
 """The catalogue: variants, workloads, device classes, metrics and model configurations, as TOML people edit."""
 
+from pytest_zimage.catalog.claims import Claim
 from pytest_zimage.catalog.loader import Catalog, load_catalog
 from pytest_zimage.catalog.model import (
     ROLE_FOLDERS,
@@ -20,6 +21,7 @@ __all__ = [
     "ROLES",
     "ROLE_FOLDERS",
     "Catalog",
+    "Claim",
     "DeviceClass",
     "FitnessLimits",
     "Metric",

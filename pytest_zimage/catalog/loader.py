@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
+from pytest_zimage.catalog.claims import Claim
 from pytest_zimage.catalog.model import DeviceClass, Metric, ModelDims, ModelFile, PromptSet, Variant, Workload
 from pytest_zimage.errors import CatalogError
 
@@ -27,9 +28,13 @@ _SECTIONS: dict[str, type[Struct]] = {
     "prompts": PromptSet,
     "metrics": Metric,
     "models": ModelDims,
+    "claims": Claim,
 }
-_SHIPPED = ("variants.toml", "workloads.toml", "prompts.toml", "devices.toml", "metrics.toml", "models.toml")
+_SHIPPED = tuple(
+    f"{name}.toml" for name in ("variants", "workloads", "prompts", "devices", "metrics", "models", "claims")
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_OR_FOLDER = {"transformer": ", nor of a .gguf file, nor that of a folder with a '/' at its end"}
 _PIXELS_UNIT = 16
 """Pixels per latent patch side: eight of the VAE times two of the patch."""
 
@@ -46,6 +51,7 @@ class Catalog(Struct, frozen=True):
     devices: dict[str, DeviceClass]
     metrics: dict[str, Metric]
     models: dict[str, ModelDims]
+    claims: dict[str, Claim]
 
     def variant(self, name: str) -> Variant:
         return _pick(self.variants, name, "variant", "--zimage-list shows them all")
@@ -60,7 +66,9 @@ class Catalog(Struct, frozen=True):
         return _pick(self.devices, name, "device class", "name one of the catalogue, or add a table of your own")
 
     def select(self, patterns: Iterable[str]) -> list[Variant]:
-        """Variants in catalogue order that any of `patterns` names: a name, a glob, or `@tag`. No patterns: all.
+        """Variants in catalogue order that any of `patterns` names: a name, a glob, or `@tag`.
+
+        No patterns: the default ones, which is what runs when nobody says what to run.
 
         Raises `CatalogError` for a pattern that names nothing.
         """
@@ -68,7 +76,7 @@ class Catalog(Struct, frozen=True):
 
         wanted = list(patterns)
         if not wanted:
-            return list(self.variants.values())
+            return [variant for variant in self.variants.values() if variant.default]
         chosen: set[str] = set()
         for pattern in wanted:
             if pattern.startswith("@"):
@@ -165,10 +173,21 @@ def _check_row(where: str, row: Struct) -> None:
             refuse("prompt", "is empty")
         if not row.shift > 0:
             refuse("shift", f"{row.shift} is not above 0")
+        if not 0 <= row.guidance < float("inf"):
+            refuse("guidance", f"{row.guidance} is not a finite number of at least 0")
+        if row.negative_prompt and not row.guidance:
+            refuse("negative_prompt", "without guidance nothing leads away from it: Turbo draws with guidance 0")
     elif isinstance(row, Variant):
         for role, file in row.files().items():
-            if not file.endswith(".safetensors") or "/" in file or "\\" in file:
-                refuse(role, f"{file!r} is not the plain name of a .safetensors file")
+            folder = role == "transformer" and file.endswith("/")
+            kinds = (".safetensors", ".gguf") if role == "transformer" else (".safetensors",)
+            name = file[:-1] if folder else file.removesuffix(next((k for k in kinds if file.endswith(k)), "\0"))
+            if name in ("", ".", "..", *(() if folder else (file,))) or "/" in name or "\\" in name:
+                refuse(role, f"{file!r} is not the plain name of a .safetensors file" + _OR_FOLDER.get(role, ""))
+        if not abs(row.lora_strength) < float("inf"):
+            refuse("lora_strength", f"{row.lora_strength} is not finite")
+        if row.lora_strength != 1.0 and not row.lora:
+            refuse("lora_strength", "there is no key 'lora' whose strength it could be")
     elif isinstance(row, DeviceClass):
         if not row.name.isidentifier():
             refuse("name", f"{row.name!r} cannot be a pytest marker; use letters, digits and '_'")
@@ -208,6 +227,14 @@ def _cross_check(catalog: Catalog) -> None:
                     f"[variants.{variant.name}]: key 'lanes': no device class {lane!r}"
                     + _did_you_mean(lane, catalog.devices),
                     mend=f"known device classes: {', '.join(catalog.devices)}",
+                )
+    for claim in catalog.claims.values():
+        for key, rows in (("metric", catalog.metrics), ("workload", catalog.workloads), ("lane", catalog.devices)):
+            if getattr(claim, key) not in rows:
+                raise CatalogError(
+                    f"[claims.{claim.name}]: key {key!r}: {getattr(claim, key)!r} is not in the catalogue"
+                    + _did_you_mean(getattr(claim, key), rows),
+                    mend="name one of the catalogue, or add a table of your own",
                 )
     for device in catalog.devices.values():
         for metric in device.bands:

@@ -10,18 +10,19 @@ from typing import Literal
 
 from msgspec import Struct
 
-WeightDtype = Literal["default", "fp8_e4m3fn", "fp8_e4m3fn_fast"]
+WeightDtype = Literal["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_online"]
 Kernels = Literal["comfy", "plain"]
 Unit = Literal["s", "bytes", "count", "score", "dB"]
 """`score`: a number without a unit, such as a cosine."""
-Role = Literal["transformer", "text_encoder", "vae"]
-ROLES: tuple[Role, ...] = ("transformer", "text_encoder", "vae")
+Role = Literal["transformer", "text_encoder", "vae", "lora"]
+ROLES: tuple[Role, ...] = ("transformer", "text_encoder", "vae", "lora")
 
 #: The folders of ComfyUI's model layout that may hold each role, the preferred name first.
 ROLE_FOLDERS: dict[Role, tuple[str, ...]] = {
     "transformer": ("diffusion_models", "unet"),
     "text_encoder": ("text_encoders", "clip"),
     "vae": ("vae",),
+    "lora": ("loras",),
 }
 
 
@@ -32,11 +33,18 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     title: str
     """The label of the published table, or the owner's own words."""
     transformer: str
-    """File name inside the model set's transformer folder."""
+    """Inside the model set's transformer folder: a file's name, or `NAME/` for a folder in diffusers' layout."""
     text_encoder: str
     vae: str = "ae.safetensors"
+    lora: str = ""
+    """File name of a LoRA of the transformer, inside the model set's `loras` folder; empty for none."""
+    lora_strength: float = 1.0
+    """Factor of the LoRA's product; negative turns it round."""
     weight_dtype: WeightDtype = "default"
-    """ComfyUI's UNETLoader setting: keep the file's types, cast every parameter to FP8, or also multiply in FP8."""
+    """ComfyUI's UNETLoader setting: keep the file's types, cast every parameter to FP8, or also multiply in FP8. Or
+    `fp8_online`, vLLM-Omni's `--quantization fp8`: linears of the blocks get FP8 weights at load, of one scale each."""
+    text_encoder_weight_dtype: Literal["default", "fp8_online"] = "default"
+    """`fp8_online`: the same for the text encoder's linears, which vLLM-Omni quantises along."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     text_encoder_dtype: Literal["bfloat16", "float32"] = "float32"
     """Activations of the text encoder; ComfyUI runs float32 over any weight format."""
@@ -47,13 +55,20 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A backend of diffusers' attention dispatch: `native` (torch's choice), `flash`, `sage`, `_native_cudnn`, ..."""
     compile: bool = False
     """Compile the transformer's blocks with torch.compile; every run compiles anew, inside its cold load."""
+    default: bool = True
+    """Whether it runs where no variant is asked for; False: only by name, glob or tag."""
     tags: tuple[str, ...] = ()
     lanes: tuple[str, ...] = ()
     """Device classes it may run on; empty means all."""
 
     def files(self) -> dict[Role, str]:
-        """File name by role."""
-        return {"transformer": self.transformer, "text_encoder": self.text_encoder, "vae": self.vae}
+        """File name, or `NAME/` of a folder, by role."""
+        files: dict[Role, str] = {
+            "transformer": self.transformer,
+            "text_encoder": self.text_encoder,
+            "vae": self.vae,
+        }
+        return {**files, "lora": self.lora} if self.lora else files
 
 
 class ModelFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -78,8 +93,16 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     schedule: Literal["simple"]
     shift: float
     guidance: float
+    """diffusers' scale g of `v + g * (v - v_negative)`: ComfyUI's CFG less 1. 0 is none, with one forward a step."""
     seed: int
     prompt: str
+    negative_prompt: str = ""
+    """What guidance leads away from; only with a guidance above 0."""
+
+    @property
+    def forwards_per_step(self) -> int:
+        """Sequences that the transformer computes in one step: with guidance that of the negative prompt too."""
+        return 2 if self.guidance > 0 else 1
 
 
 class Prompt(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -6,7 +6,7 @@ unexpected or of the wrong shape, and which module computes each layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +15,28 @@ from torch import nn
 
 from pytest_zimage.checkpoints.formats import Contents, QuantisedLayer
 from pytest_zimage.checkpoints.header import TensorInfo
-from pytest_zimage.checkpoints.keymap import fused_name, is_fused_qkv, split_qkv
-from pytest_zimage.checkpoints.linears import FastFp8Linear, QuantisedActivationsLinear, WeightOnlyLinear
+from pytest_zimage.checkpoints.keymap import Rename, fused_name, is_fused_qkv, split_qkv
+from pytest_zimage.checkpoints.linears import (
+    FastFp8Linear,
+    QuantisedActivationsLinear,
+    WeightOnlyLinear,
+    fp8_by_maximum,
+)
+from pytest_zimage.checkpoints.nibbles import to_comfy
+from pytest_zimage.checkpoints.online import install_online, quantises_at_load
 from pytest_zimage.checkpoints.precision import Precision, install_casts, install_quantised
-from pytest_zimage.checkpoints.quantised import ScaleCheck, logical_shape, split_rows, stored_shape, weight_tensor
+from pytest_zimage.checkpoints.projections import separate_where_needed
+from pytest_zimage.checkpoints.quantised import (
+    ScaleCheck,
+    logical_shape,
+    split_rows,
+    split_scales,
+    stored_shape,
+    weight_tensor,
+)
 from pytest_zimage.checkpoints.reader import TORCH_DTYPES
-from pytest_zimage.errors import CheckpointError, UnsupportedError
+from pytest_zimage.errors import CheckpointError
 
-Rename = Callable[[str], str | None]
 _MEND = "check that the file is this network's and complete, or take the official one"
 
 
@@ -46,6 +60,7 @@ class Assembly:
         self._path = path
         self._precision = precision
         self._device = device
+        separate_where_needed(network, contents, rename)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
         self._held: dict[str, torch.dtype] = {}
         self._filled: set[str] = set()
@@ -54,6 +69,10 @@ class Assembly:
         self.wanted: list[TensorInfo] = []
         self.dequantised: set[str] = set()
         """Formats computed weight-only because the device cannot multiply them."""
+        self.finely_scaled = 0
+        """FP8 layers computed weight-only because they have several scales."""
+        self._parts: dict[str, dict[int, torch.Tensor]] = {}
+        self._at_load: set[str] = set()
         unexpected = []
         for name, tensor in contents.plain.items():
             target = rename(name)
@@ -84,6 +103,10 @@ class Assembly:
         dtype = TORCH_DTYPES.get(info.dtype)
         if dtype is None or not dtype.is_floating_point:
             raise CheckpointError(f"{self._path}: tensor {info.name!r}: {info.dtype} is no weight", mend=_MEND)
+        fused = fused_name(target)
+        if fused is not None and fused[0] in self._shapes:
+            self._plan_part(fused[0], fused[1], info, mixed_file)
+            return True
         targets = self._targets(target, info.shape[0] if info.shape else 0)
         if not targets:
             return False
@@ -93,10 +116,29 @@ class Assembly:
             raise self._wrong_shape(info.name, info.shape, expected)
         for name in targets:
             self._claim(name, info)
-            parent = self._network.get_submodule(name.rpartition(".")[0])
-            self._held[name] = self._precision.held_as(parent, dtype, mixed_file)
+            self._hold(name, dtype, mixed_file)
         self._want(info, partial(self._fill_plain, targets))
         return True
+
+    def _plan_part(self, fused: str, part: int, info: TensorInfo, mixed_file: bool) -> None:
+        """One of three plain projections that are rows of a fused weight."""
+        rows, columns = self._shapes[fused]
+        if info.shape != (rows // 3, columns):
+            raise self._wrong_shape(info.name, info.shape, (rows // 3, columns))
+        if fused not in self._parts:
+            self._claim(fused, info)
+            self._hold(fused, TORCH_DTYPES[info.dtype], mixed_file)
+        arrived = self._parts.setdefault(fused, {})
+        self._want(info, partial(self._fill_third, fused, part, arrived))
+
+    def _hold(self, name: str, dtype: torch.dtype, mixed_file: bool) -> None:
+        path = name.rpartition(".")[0]
+        self._held[name] = self._precision.held_as(self._network.get_submodule(path), dtype, mixed_file)
+        if self._precision.online_fp8 and quantises_at_load(self._network, path):
+            self._held[name] = self._precision.compute
+            self._at_load.add(name)
+            if install_online(self._network, path, self._device):
+                self.dequantised.add("float8_e4m3fn")
 
     def _plan_layer(self, target: str, layer: QuantisedLayer) -> bool:
         targets = self._targets(target, logical_shape(layer)[0])
@@ -111,6 +153,7 @@ class Assembly:
             path = name.removesuffix(".weight")
             if install_quantised(self._network, path, layer, self._path, self._precision, self._device):
                 self.dequantised.add(layer.format)
+        self.finely_scaled += layer.scale_blocks is not None
         arrived: dict[str, torch.Tensor] = {}
         for suffix, info in layer.tensors.items():
             self._want(info, partial(self._fill_part, targets, layer, (rows, columns), arrived, suffix))
@@ -123,12 +166,6 @@ class Assembly:
         if is_fused_qkv(target):
             names = [part.name for part in split_qkv(target, rows)]
             return names if all(name in self._shapes for name in names) else []
-        fused = fused_name(target)
-        if fused is not None and fused[0] in self._shapes:
-            raise UnsupportedError(
-                f"{self._path}: tensor {target!r}: the file has separate projections, the variant fuses them",
-                mend='set kernels = "plain" for this variant, or take a file in ComfyUI\'s naming',
-            )
         return []
 
     def _expected_shape(self, targets: list[str]) -> tuple[int, ...]:
@@ -152,6 +189,12 @@ class Assembly:
             held = part.to(self._held[name], copy=len(targets) > 1)
             self._set(name, held.reshape(self._shapes[name]))
 
+    def _fill_third(self, fused: str, part: int, arrived: dict[int, torch.Tensor], tensor: torch.Tensor) -> None:
+        arrived[part] = tensor
+        if len(arrived) == 3:
+            self._fill_plain([fused], torch.cat([arrived[index] for index in range(3)]))
+            arrived.clear()
+
     def _fill_part(
         self,
         targets: list[str],
@@ -167,21 +210,36 @@ class Assembly:
         arrived[suffix] = tensor
         if len(arrived) < len(layer.tensors):
             return
-        weight = weight_tensor(layer, arrived, shape, self._precision.compute)
-        weights = [weight] if len(targets) == 1 else split_rows(self._path, layer, weight, len(targets))
-        for name, part in zip(targets, weights, strict=True):
+        tensors = to_comfy(layer.options, arrived)
+        # What waits for other tensors must not keep these alive.
+        arrived.clear()
+        for name, part in zip(targets, self._weights(layer, tensors, shape, len(targets)), strict=True):
             module = self._set(name, part)
             if isinstance(module, WeightOnlyLinear | QuantisedActivationsLinear):
-                module.pre_quant_scale = arrived.get("pre_quant_scale")
+                module.pre_quant_scale = tensors.get("pre_quant_scale")
             if isinstance(module, QuantisedActivationsLinear):
-                module.set_input_scale(arrived.get("input_scale"))
-        arrived.clear()
+                module.set_input_scale(tensors.get("input_scale"))
+        if layer.scale_blocks is not None:
+            scales = split_scales(self._path, layer, tensors["weight_scale"], len(targets))
+            for name, scale in zip(targets, scales, strict=True):
+                self._network.get_submodule(name.removesuffix(".weight")).weight_scale = scale
+
+    def _weights(
+        self, layer: QuantisedLayer, tensors: dict[str, torch.Tensor], shape: tuple[int, int], parts: int
+    ) -> Sequence[torch.Tensor]:
+        """The weight of `layer` in equal `parts` of its rows."""
+        if layer.scale_blocks is not None:
+            return tensors["weight"].chunk(parts)
+        weight = weight_tensor(layer, tensors, shape, self._precision.compute)
+        return [weight] if parts == 1 else split_rows(self._path, layer, weight, parts)
 
     def _set(self, name: str, value: torch.Tensor) -> nn.Module:
         path, _, leaf = name.rpartition(".")
         module = self._network.get_submodule(path)
         if isinstance(module, FastFp8Linear) and leaf == "weight":
             value = FastFp8Linear.pack(value, self._precision.compute)
+        if name in self._at_load:
+            value = fp8_by_maximum(value)
         setattr(module, leaf, nn.Parameter(value, requires_grad=False))
         return module
 

@@ -1,5 +1,7 @@
 """Z-Image's attention as ComfyUI computes it: one fused qkv projection, RMSNorm and RoPE in one comfy-kitchen kernel.
 
+A file whose projections are quantised apart has them computed apart, between which the same kernels are used.
+
 Source of the semantics: ComfyUI comfy/ldm/lumina/model.py. Rotations are matrices `[..., D/2, 2, 2]` instead of
 diffusers' complex numbers, since that is what comfy-kitchen's kernels read.
 """
@@ -12,6 +14,8 @@ import comfy_kitchen as ck
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import nn
+
+from pytest_zimage.checkpoints.linears import input_shared_by
 
 _HAS_RMS_ROPE = hasattr(ck, "rms_rope")
 
@@ -45,7 +49,14 @@ def _rotations(theta: float, dim: int, length: int) -> torch.Tensor:
 
 
 class FusedAttention(nn.Module):
-    """Takes the place of diffusers' `Attention` in a Z-Image block, under its parameter names but for `qkv`."""
+    """Takes the place of diffusers' `Attention` in a Z-Image block, under its parameter names but for `qkv`.
+
+    After `separate` it has `to_q`, `to_k` and `to_v` instead.
+    """
+
+    to_q: nn.Module
+    to_k: nn.Module
+    to_v: nn.Module
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -53,10 +64,29 @@ class FusedAttention(nn.Module):
         self.eps = eps
         self.backend: AttentionBackendName | None = None
         """One of diffusers' attention backends; None is its default, torch's SDPA."""
-        self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv: nn.Module | None = nn.Linear(dim, 3 * dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
         self.norm_q = NormWeight(dim // heads)
         self.norm_k = NormWeight(dim // heads)
+
+    def separate(self) -> None:
+        """Have three projections in the place of the fused one; before any weight is there."""
+        if self.qkv is None:
+            return
+        assert isinstance(self.qkv, nn.Linear)
+        rows, columns = self.qkv.weight.shape
+        for name in ("to_q", "to_k", "to_v"):
+            setattr(self, name, nn.Linear(columns, rows // 3, bias=False, device=self.qkv.weight.device))
+        self.qkv = None
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`[B, L, dim]` to query, key and value, each `[B, L, heads, D]`."""
+        if self.qkv is not None:
+            qkv: torch.Tensor = self.qkv(x)
+            return qkv.reshape(*x.shape[:-1], 3, self.heads, -1).unbind(-3)
+        projections = (self.to_q, self.to_k, self.to_v)
+        flat = input_shared_by(projections, x.reshape(-1, x.shape[-1]))
+        return tuple(project(flat).reshape(*x.shape[:-1], self.heads, -1) for project in projections)
 
     def forward(
         self,
@@ -67,8 +97,7 @@ class FusedAttention(nn.Module):
         """`[B, L, dim]` to the same; `freqs_cis` is `[B, L, D/2, 2, 2]`, `attention_mask` boolean `[B, L]`."""
         if freqs_cis is None:
             raise TypeError("FusedAttention needs freqs_cis: Z-Image has no attention without positions")
-        qkv: torch.Tensor = self.qkv(hidden_states)
-        query, key, value = qkv.reshape(*qkv.shape[:-1], 3, self.heads, -1).unbind(-3)
+        query, key, value = self._project(hidden_states)
         query, key = _norm_and_rotate(
             query,
             key,

@@ -28,8 +28,7 @@ def transformer_flops(config: Any, workload: Workload, caption_tokens: int) -> i
         + _linear(caption, config.cap_feat_dim, config.dim)
         + _linear(image + caption, config.dim, 4 * config.in_channels)
     )
-    passes = 2 if workload.guidance > 0 else 1
-    return int(workload.steps * passes * forward)
+    return int(workload.steps * workload.forwards_per_step * forward)
 
 
 def _block(dim: int, tokens: int, *, modulated: bool) -> int:

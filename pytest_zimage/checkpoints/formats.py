@@ -1,8 +1,8 @@
-"""Which tensors of a file are quantised layers, and how: ComfyUI's three ways of saying so, read without torch.
+"""Which tensors of a file are quantised layers, and how: ComfyUI's three ways of saying so and ModelOpt's, no torch.
 
 Rules as in ComfyUI comfy/utils.py `convert_old_quants` and comfy/ops.py `mixed_precision_ops`: what the header's
 `_quantization_metadata` says of a layer wins over the layer's own `.comfy_quant` blob, which wins over the old
-`scaled_fp8` marker.
+`scaled_fp8` marker. A file with ModelOpt's quantisation config is read by that alone.
 """
 
 from __future__ import annotations
@@ -13,25 +13,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
+from pytest_zimage.checkpoints import modelopt
+from pytest_zimage.checkpoints.gguf_header import GGUF_SUFFIX
 from pytest_zimage.checkpoints.header import Header, TensorInfo
 from pytest_zimage.checkpoints.keymap import TRANSFORMER_PREFIXES
-from pytest_zimage.checkpoints.scales import check_layer
+from pytest_zimage.checkpoints.nibbles import LO_FIRST, compressed_tensors_records
+from pytest_zimage.checkpoints.scales import check_layer, scale_blocks
+from pytest_zimage.checkpoints.svdquant import SUFFIXES, SVDQUANT, check_svdquant
 from pytest_zimage.errors import CheckpointError, UnsupportedError
 
-Format = Literal["float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise"]
-Source = Literal["none", "header", "blobs", "scaled_fp8"]
+Format = Literal["float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise", "svdquant_w4a4", "gguf"]
+Source = Literal["none", "header", "blobs", "scaled_fp8", "modelopt", "compressed-tensors"]
 
-KNOWN_FORMATS: tuple[Format, ...] = get_args(Format)
-"""Formats of a layer that can be read."""
+GGUF: Format = "gguf"
+"""Stands for all types of GGUF, which only a GGUF file has."""
+KNOWN_FORMATS: tuple[Format, ...] = tuple(format_ for format_ in get_args(Format) if format_ != GGUF)
+"""Formats of a layer that a safetensors file may name."""
 
 SCALE_SUFFIXES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
-"""Tensors that may stand beside a quantised layer's `weight`."""
+"""Tensors that may stand beside a quantised layer's `weight`, unless its format has its own."""
+_OWN_SUFFIXES: dict[str, tuple[str, ...]] = {SVDQUANT: SUFFIXES, GGUF: ()}
 
 _COMFYUI_ONLY = ("convrot_w4a4", "asym_w4a8_int8", "awq_w4a16")
 _OLD_SUFFIXES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
-_ORPHANS = (*SCALE_SUFFIXES, *_OLD_SUFFIXES)
+_ORPHANS = (*SCALE_SUFFIXES, *_OLD_SUFFIXES, *SUFFIXES)
 _PACKED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "U8", "I8")
 _BLOB_LIMIT_BYTES = 65536
+_GUESS = "; without one, NVFP4 may have either half of a byte first, and the wrong one decodes to noise"
 _ANEW = "have the file written anew, or take the official one"
 
 
@@ -48,6 +56,11 @@ class QuantisedLayer:
     """By suffix: `weight` and those of `SCALE_SUFFIXES` that the file has. Scales keep the dtype they have on disk."""
     options: dict[str, Any] = field(default_factory=dict)
     """The layer's whole record, e.g. `convrot` and `convrot_groupsize` of INT8."""
+
+    @property
+    def scale_blocks(self) -> tuple[int, int] | None:
+        """Rows and columns that share a scale in an FP8 weight with several; None: one scale, or the format's own."""
+        return scale_blocks(self.format, self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +96,18 @@ def detect(header: Header, read: Callable[[TensorInfo], bytes]) -> Contents:
     if named is not None:
         source = "header"
         records |= named
+    packed = compressed_tensors_records(header.path, tensors)
+    if packed:
+        source = "compressed-tensors"
+        records |= packed
+    exported = modelopt.records(header, tensors)
+    if exported is not None:
+        if records:
+            raise CheckpointError(
+                f"{header.path}: both ComfyUI's records and ModelOpt's config say how it is quantised", mend=_ANEW
+            )
+        source = "modelopt" if exported else "none"
+        records = exported
     quantised = {layer: _layer(header, layer, record, tensors) for layer, record in records.items()}
     _check_rest(header, tensors)
     return Contents(tensors, quantised, source, prefix)
@@ -182,17 +207,20 @@ def _record(header: Header, layer: str, value: object) -> dict[str, Any]:
 
 def _layer(header: Header, name: str, record: dict[str, Any], tensors: dict[str, TensorInfo]) -> QuantisedLayer:
     format_ = record["format"]
-    if format_ not in KNOWN_FORMATS:
+    if format_ not in KNOWN_FORMATS and not (format_ == GGUF and header.path.suffix == GGUF_SUFFIX):
         known = f"formats that can be read: {', '.join(KNOWN_FORMATS)}"
         if format_ in _COMFYUI_ONLY:
             raise UnsupportedError(f"{header.path}: layer {name!r}: format {format_!r} is not served", mend=known)
         raise CheckpointError(f"{header.path}: layer {name!r}: unknown quantisation format {format_!r}", mend=known)
     found = {
         suffix: tensors.pop(f"{name}.{suffix}")
-        for suffix in ("weight", *SCALE_SUFFIXES)
+        for suffix in ("weight", *_OWN_SUFFIXES.get(format_, SCALE_SUFFIXES))
         if f"{name}.{suffix}" in tensors
     }
-    check_layer(header.path, name, format_, found)
+    if format_ == SVDQUANT:
+        check_svdquant(header.path, name, found, record)
+    elif format_ != GGUF:
+        check_layer(header.path, name, format_, found, tiled=not record.get(LO_FIRST, False))
     weight_only = record.get("full_precision_matrix_mult", False)
     if not isinstance(weight_only, bool):
         raise CheckpointError(
@@ -213,12 +241,13 @@ def _check_rest(header: Header, tensors: dict[str, TensorInfo]) -> None:
         layer, _, suffix = name.rpartition(".")
         if suffix in _ORPHANS:
             raise CheckpointError(
-                f"{header.path}: tensor {tensor.name!r} is a scale, and no record says that {layer!r} is quantised",
+                f"{header.path}: tensor {tensor.name!r} is a scale, and no record says that {layer!r} is quantised"
+                + (_GUESS if suffix == "weight_scale_2" else ""),
                 mend=_ANEW,
             )
         if tensor.dtype in _PACKED_DTYPES:
             raise CheckpointError(
                 f"{header.path}: tensor {tensor.name!r} is {tensor.dtype}, and nothing in the file says how it was "
-                "quantised: no _quantization_metadata, .comfy_quant or scaled_fp8 covers it",
+                "quantised: no _quantization_metadata, .comfy_quant, scaled_fp8 or quantization_config covers it",
                 mend='for a plain FP8 cast take the BF16 file and weight_dtype = "fp8_e4m3fn"',
             )

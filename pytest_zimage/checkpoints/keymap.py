@@ -7,7 +7,7 @@ the target's naming, or known to neither, comes back unchanged, so that the load
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from pytest_zimage.errors import CheckpointError
@@ -29,6 +29,10 @@ _IN_ATTENTION = re.compile(r"(.*\.attention)\.(out|q_norm|k_norm)(\.\w+)?")
 _IN_DIFFUSERS_ATTENTION = re.compile(r"(.*\.attention)\.(to_out\.0|norm_q|norm_k)(\.\w+)?")
 _FUSED = re.compile(r"(.*\.attention)\.qkv(\.\w+)?")
 _PART = re.compile(r"(.*\.attention)\.to_([qkv])(\.\w+)?")
+
+
+Rename = Callable[[str], str | None]
+"""A name of the file to the network's; None drops the tensor."""
 
 
 class Rows(NamedTuple):

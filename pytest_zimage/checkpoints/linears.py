@@ -16,7 +16,7 @@ from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from torch import nn
 from torch.nn import functional as F
 
-Compute = Literal["plain", "cast", "weight-only", "quantised-activations"]
+Compute = Literal["plain", "cast", "weight-only", "quantised-activations", "low-rank"]
 
 FP8 = torch.float8_e4m3fn
 _FP8_LAYOUT = "TensorCoreFP8Layout"
@@ -93,11 +93,7 @@ class FastFp8Linear(QuantisingLinear):
 
     def quantise(self, x: torch.Tensor) -> QuantizedTensor:
         # The weight's scale of 1 serves both, so that no forward has to put a number on the device.
-        scale = self.weight._params.scale
-        # One kernel clamps and casts. Not in place, unlike ComfyUI: the caller may still need its tensor.
-        codes = ck.quantize_per_tensor_fp8(x, scale, FP8)
-        params = get_layout_class(_FP8_LAYOUT).Params(scale=scale, orig_dtype=x.dtype, orig_shape=tuple(x.shape))
-        return QuantizedTensor(codes, _FP8_LAYOUT, params)
+        return _fp8(x, self.weight._params.scale)
 
     def quantises_like(self, other: nn.Module) -> bool:
         return isinstance(other, FastFp8Linear)
@@ -105,9 +101,35 @@ class FastFp8Linear(QuantisingLinear):
     @staticmethod
     def pack(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedTensor:
         """An FP8 `weight` as it is, with a scale of 1."""
-        scale = torch.ones((), dtype=torch.float32, device=weight.device)
-        params = get_layout_class(_FP8_LAYOUT).Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(weight.shape))
-        return QuantizedTensor(weight, _FP8_LAYOUT, params)
+        return _scaled(weight, torch.ones((), dtype=torch.float32, device=weight.device), dtype)
+
+
+class DynamicFp8Linear(QuantisingLinear):
+    """FP8 weights with one scale, times the input quantised with one scale from its own largest value."""
+
+    def quantise(self, x: torch.Tensor) -> QuantizedTensor:
+        return fp8_by_maximum(x)
+
+    def quantises_like(self, other: nn.Module) -> bool:
+        return isinstance(other, DynamicFp8Linear)
+
+
+def fp8_by_maximum(x: torch.Tensor) -> QuantizedTensor:
+    """`x` in FP8 with one scale: its largest magnitude becomes the largest that FP8 has."""
+    # One pass without a copy, and not rounded to the type of `x` as comfy-kitchen's own would be.
+    largest = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
+    limits = torch.finfo(torch.float32), torch.finfo(FP8)
+    return _fp8(x, (largest / limits[1].max).clamp_min(limits[0].tiny))
+
+
+def _fp8(x: torch.Tensor, scale: torch.Tensor) -> QuantizedTensor:
+    # One kernel clamps and casts. Not in place, unlike ComfyUI: the caller may still need its tensor.
+    return _scaled(ck.quantize_per_tensor_fp8(x, scale, FP8), scale, x.dtype)
+
+
+def _scaled(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> QuantizedTensor:
+    params = get_layout_class(_FP8_LAYOUT).Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(codes.shape))
+    return QuantizedTensor(codes, _FP8_LAYOUT, params)
 
 
 class WeightOnlyLinear(LinearModule):
@@ -122,7 +144,30 @@ class WeightOnlyLinear(LinearModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.pre_quant_scale is not None:
             x = x * self.pre_quant_scale.to(x.dtype)
-        return F.linear(x, self.weight.dequantize().to(x.dtype), self._bias(x.dtype))
+        return F.linear(x, self._dequantised(x.dtype), self._bias(x.dtype))
+
+    def _dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        weight: torch.Tensor = self.weight.dequantize()
+        return weight.to(dtype)
+
+
+class FinelyScaledFp8Linear(WeightOnlyLinear):
+    """An FP8 weight with a scale for each channel or block; comfy-kitchen's FP8 has one for a whole weight.
+
+    The weight is a plain FP8 parameter `[out, in]`.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.weight_scale: torch.Tensor | None = None
+        """`[out / rows, 1, in / columns, 1]` float32, a scale for each block of rows by columns."""
+
+    def _dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        assert self.weight_scale is not None
+        rows, _, columns, _ = self.weight_scale.shape
+        blocks = self.weight.to(dtype).reshape(rows, self.out_features // rows, columns, self.in_features // columns)
+        scaled: torch.Tensor = blocks * self.weight_scale.to(dtype)
+        return scaled.reshape(self.out_features, self.in_features)
 
 
 class QuantisedActivationsLinear(QuantisingLinear):

@@ -16,20 +16,23 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pytest_zimage.catalog.model import ModelDims, Role, Variant
 from pytest_zimage.checkpoints import keymap
-from pytest_zimage.checkpoints.assembly import Assembly, Rename
+from pytest_zimage.checkpoints.assembly import Assembly
 from pytest_zimage.checkpoints.building import build_text_encoder, build_transformer, build_vae, torch_dtype
+from pytest_zimage.checkpoints.folders import read_weights
 from pytest_zimage.checkpoints.formats import detect
-from pytest_zimage.checkpoints.header import read_header
+from pytest_zimage.checkpoints.keymap import Rename
 from pytest_zimage.checkpoints.linears import (
     FP8,
     FastFp8Linear,
+    FinelyScaledFp8Linear,
     LinearModule,
     QuantisedActivationsLinear,
     WeightOnlyLinear,
 )
+from pytest_zimage.checkpoints.lora import attach_lora
 from pytest_zimage.checkpoints.precision import Precision
 from pytest_zimage.checkpoints.quantised import held_tensors, multiplies_natively, storage_type
-from pytest_zimage.checkpoints.reader import TensorReader
+from pytest_zimage.checkpoints.shard_reader import ShardReader
 from pytest_zimage.checkpoints.staging import Staging
 from pytest_zimage.errors import CheckpointError, MissingFileError, UnsupportedError
 
@@ -76,14 +79,23 @@ def load_pipeline(
     staging = Staging(device) if device.type == "cuda" else None
     transformer = build_transformer(dims, variant, device)
     precision = transformer_precision(variant, device)
-    dequantised = _fill(
-        transformer, files["transformer"], keymap.transformer_to_diffusers, precision, device, times, staging
-    )
+    notes = _fill(transformer, files["transformer"], keymap.transformer_to_diffusers, precision, device, times, staging)
+    if "lora" in files:
+        strength = variant.lora_strength
+        read_s, to_device_s = attach_lora(transformer, files["lora"], strength, precision.compute, device, staging)
+        times.read_s += read_s
+        times.to_device_s += to_device_s
 
     text_encoder = build_text_encoder(dims, device)
     # ComfyUI computes a quantised text encoder weight-only, whatever the device can do.
-    precision = Precision(torch_dtype(variant.text_encoder_dtype), quantise_activations=False)
-    _fill(text_encoder, files["text_encoder"], keymap.text_encoder_to_transformers, precision, device, times, staging)
+    precision = Precision(
+        torch_dtype(variant.text_encoder_dtype),
+        quantise_activations=False,
+        online_fp8=variant.text_encoder_weight_dtype == "fp8_online",
+    )
+    notes += _fill(
+        text_encoder, files["text_encoder"], keymap.text_encoder_to_transformers, precision, device, times, staging
+    )
 
     vae = build_vae(dims)
     levels = len(vae.config.block_out_channels)
@@ -108,7 +120,7 @@ def load_pipeline(
     networks = (transformer, text_encoder, vae)
     weight_bytes, tensors = count_weights(networks)
     return LoadedPipeline(
-        pipeline, phases_s, weight_bytes, tensors, count_compute(networks), _notes(variant, device, dequantised)
+        pipeline, phases_s, weight_bytes, tensors, count_compute(networks), _notes(variant, device, notes)
     )
 
 
@@ -117,6 +129,8 @@ def transformer_precision(variant: Variant, device: torch.device) -> Precision:
     compute = torch_dtype(variant.compute_dtype)
     if variant.weight_dtype == "default":
         return Precision(compute)
+    if variant.weight_dtype == "fp8_online":
+        return Precision(compute, online_fp8=True)
     return Precision(compute, store=FP8, fast_fp8=_multiplies_fp8(variant, device))
 
 
@@ -124,8 +138,8 @@ def _multiplies_fp8(variant: Variant, device: torch.device) -> bool:
     return variant.weight_dtype == "fp8_e4m3fn_fast" and multiplies_natively("float8_e4m3fn", device)
 
 
-def _notes(variant: Variant, device: torch.device, dequantised: set[str]) -> tuple[str, ...]:
-    notes = [f"{device} does not multiply {format_}: its layers are dequantised" for format_ in sorted(dequantised)]
+def _notes(variant: Variant, device: torch.device, said: list[str]) -> tuple[str, ...]:
+    notes = list(dict.fromkeys(said))
     if variant.weight_dtype == "fp8_e4m3fn_fast" and not _multiplies_fp8(variant, device):
         notes.append(f"{device} does not multiply in FP8: {variant.weight_dtype} is computed as a plain cast")
     return tuple(notes)
@@ -139,15 +153,15 @@ def _fill(
     device: torch.device,
     times: _Times,
     staging: Staging | None,
-) -> set[str]:
-    """Read the file at `path` into `network`; the formats that `device` cannot multiply, and so are dequantised."""
-    header = read_header(path)
-    with TensorReader(header, device, staging) as reader:
-        contents = detect(header, reader.read_bytes)
-        if contents.quantised and precision.store is not None:
+) -> list[str]:
+    """Read the file or folder at `path` into `network`; notes on what is dequantised and why."""
+    weights = read_weights(path)
+    with ShardReader(weights, device, staging) as reader:
+        contents = detect(weights.header, reader.read_bytes)
+        if contents.quantised and (precision.store is not None or precision.online_fp8):
             raise UnsupportedError(
                 f"{path}: the file is quantised already ({len(contents.quantised)} layers) and the variant asks for "
-                f"every weight in {precision.store}",
+                f"its weights in {precision.store or FP8}",
                 mend='set weight_dtype = "default", or name an unquantised file',
             )
         assembly = Assembly(network, path, contents, rename, precision, device)
@@ -156,7 +170,13 @@ def _fill(
         assembly.finish()
         times.read_s += reader.read_s
         times.to_device_s += reader.to_device_s
-        return assembly.dequantised
+    notes = [f"{device} does not multiply {name}: its layers are dequantised" for name in sorted(assembly.dequantised)]
+    if assembly.finely_scaled:
+        notes.append(
+            f"{path.name}: {assembly.finely_scaled} FP8 layers have scales per channel or per block, where products "
+            "take one: they are dequantised"
+        )
+    return notes
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -194,6 +214,8 @@ def count_weights(networks: tuple[nn.Module, ...]) -> tuple[dict[str, int], dict
             tensors[kind] += 1
             unscaled = isinstance(module, FastFp8Linear) and parameter is module.weight
             sizes[kind] += held_tensors(parameter)[0].nbytes if unscaled else sum(map(_nbytes, held_tensors(parameter)))
+        if isinstance(module, FinelyScaledFp8Linear) and module.weight_scale is not None:
+            sizes[storage_type(module.weight)] += module.weight_scale.nbytes
         if isinstance(module, WeightOnlyLinear | QuantisedActivationsLinear) and module.pre_quant_scale is not None:
             sizes[storage_type(module.weight)] += module.pre_quant_scale.nbytes
     return dict(sorted(sizes.items())), dict(sorted(tensors.items()))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pytest_zimage.catalog import ROLE_FOLDERS, Catalog, ModelDims, ModelFile, Role, Variant
+from pytest_zimage.checkpoints.folders import weight_files
 from pytest_zimage.checkpoints.header import MAX_HEADER_BYTES
 from pytest_zimage.checkpoints.synthetic import MANIFEST, SET_NAMES, ensure_model_set, read_manifest, set_dims
 from pytest_zimage.checkpoints.tokenizers import find_tokenizer
@@ -47,17 +49,18 @@ class ModelSet:
         return {role: self.find(role, file_name) for role, file_name in variant.files().items()}
 
     def find(self, role: Role, file_name: str) -> Path:
-        """The file of that name, directly in one of the role's folders or anywhere below one.
+        """The file, or the folder `NAME/`, of that name, directly in one of the role's folders or anywhere below one.
 
         Raises `MissingFileError` listing every folder searched and how to get the file; `CheckpointError` for several
         files of that name below one folder, and for one smaller than it was published or recorded.
         """
         folders = [base / folder for base in self._bases() for folder in ROLE_FOLDERS[role]]
+        is_there = Path.is_dir if file_name.endswith("/") else Path.is_file
         for folder in folders:
-            if (folder / file_name).is_file():
+            if is_there(folder / file_name):
                 return self._checked(folder / file_name)
         for folder in folders:
-            below = sorted(path for path in folder.rglob(file_name) if path.is_file())
+            below = sorted(path for path in folder.rglob(file_name.rstrip("/")) if is_there(path))
             if len(below) > 1:
                 raise CheckpointError(
                     f"{file_name} is there more than once: {', '.join(map(str, below))}",
@@ -73,7 +76,7 @@ class ModelSet:
     def ensure(
         self, files: Iterable[str] | None = None, *, device: str = "cpu", say: Callable[[str], None] = lambda line: None
     ) -> list[str]:
-        """Have `files` (names; None: all) of a managed set written and sound; nothing to do for others.
+        """Have `files` (names; None: the default ones) of a managed set written and sound; nothing to do for others.
 
         Returns notes and raises errors as `ensure_model_set`.
         """
@@ -92,7 +95,7 @@ class ModelSet:
         return [self.root / base for base in _BASES]
 
     def _checked(self, path: Path) -> Path:
-        size = path.stat().st_size
+        size = sum(file.stat().st_size for file in weight_files(path))
         recorded = self.recorded_bytes.get(path.name)
         if recorded is not None and size != recorded:
             raise CheckpointError(f"{path}: {size} bytes, where its record says {recorded}", mend=self._write_again())
@@ -143,7 +146,10 @@ def open_model_set(spec: str, catalog: Catalog, *, cache: Path, tokenizer: Path 
             continue
         if manifest.name not in SET_NAMES:
             raise CheckpointError(f"{base / MANIFEST}: unknown model set {manifest.name!r}", mend="delete that file")
-        sizes = {Path(path).name: record.bytes for path, record in manifest.files.items()}
+        sizes: Counter[str] = Counter()
+        for path, record in manifest.files.items():
+            # The path of a folder's file is role folder, folder, file.
+            sizes[Path(path).parts[1]] += record.bytes
         return ModelSet(manifest.name, base, manifest.dims, tokenizer, catalog.files, sizes)
     return ModelSet(OFFICIAL, root, catalog.models[OFFICIAL], tokenizer, catalog.files)
 
@@ -151,8 +157,12 @@ def open_model_set(spec: str, catalog: Catalog, *, cache: Path, tokenizer: Path 
 def file_fingerprint(path: Path) -> str:
     """A quick identity of a file's contents: sha256 over its size, header and 256 evenly spaced blocks of 16 KiB.
 
-    A file no larger than those blocks is hashed whole. Not proof against someone who means to deceive.
+    A file no larger than those blocks is hashed whole; a folder's is that of its files'. Not proof against someone who
+    means to deceive.
     """
+    if path.is_dir():
+        lines = sorted(f"{file.name} {file_fingerprint(file)}\n" for file in weight_files(path))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     with path.open("rb") as file:
         size = file.seek(0, 2)
         digest = hashlib.sha256(f"{size}\n".encode())

@@ -11,18 +11,25 @@ from diffusers.models.normalization import RMSNorm
 from torch import nn
 
 from pytest_zimage.checkpoints.casting import CastEmbedding, CastRMSNorm, QuantisedEmbedding
-from pytest_zimage.checkpoints.formats import QuantisedLayer
+from pytest_zimage.checkpoints.formats import GGUF, Format, QuantisedLayer
+from pytest_zimage.checkpoints.gguf_linear import GgufLinear
 from pytest_zimage.checkpoints.linears import (
     FP8,
     CastLinear,
     FastFp8Linear,
+    FinelyScaledFp8Linear,
     Int8Linear,
     LinearModule,
     QuantisedActivationsLinear,
     WeightOnlyLinear,
 )
 from pytest_zimage.checkpoints.quantised import multiplies_natively
+from pytest_zimage.checkpoints.svdquant import SVDQUANT
+from pytest_zimage.checkpoints.svdquant_linear import SvdQuantLinear
 from pytest_zimage.errors import UnsupportedError
+
+_OWN_KINDS: dict[Format, type[LinearModule]] = {"int8_tensorwise": Int8Linear, SVDQUANT: SvdQuantLinear}
+"""Formats whose kernel quantises the input itself."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class Precision:
     """Type every parameter is held in; None keeps the file's."""
     fast_fp8: bool = False
     """Multiply FP8-stored linears in FP8; the caller has made sure that the device can."""
+    online_fp8: bool = False
+    """Quantise the blocks' linears to FP8 while they are loaded."""
     quantise_activations: bool = True
     """Where the file wants it and the device can; False computes every quantised layer weight-only."""
 
@@ -77,7 +86,8 @@ def install_quantised(
     `UnsupportedError` for any other module, and where the installed comfy-kitchen lacks the format.
     """
     module = network.get_submodule(path)
-    if isinstance(module, nn.Embedding) and layer.format in ("float8_e4m3fn", "float8_e5m2"):
+    scaled_once = layer.format in ("float8_e4m3fn", "float8_e5m2") and layer.scale_blocks is None
+    if isinstance(module, nn.Embedding) and scaled_once:
         network.set_submodule(path, QuantisedEmbedding(module, precision.compute))
         return False
     if not isinstance(module, nn.Linear):
@@ -85,11 +95,22 @@ def install_quantised(
             f"{file}: layer {layer.name!r} is quantised to {layer.format} and is no linear",
             mend="take a file that quantises linears only",
         )
+    if layer.format == GGUF:
+        network.set_submodule(path, GgufLinear(module))
+        return False
     kind: type[LinearModule] = WeightOnlyLinear
     # FP8 multiplies E4M3 by E4M3; E5M2 is a storage format.
     asked = precision.quantise_activations and not layer.weight_only and layer.format != "float8_e5m2"
+    if layer.scale_blocks is not None:
+        network.set_submodule(path, FinelyScaledFp8Linear(module))
+        return False
     native = asked and multiplies_natively(layer.format, device)
+    if layer.format == SVDQUANT and not native and asked:
+        raise UnsupportedError(
+            f"{file}: layer {layer.name!r}: {device} has no INT4 product, and SVDQuant is defined by it",
+            mend="use a GPU of compute capability 8.0 or above, or the CPU",
+        )
     if native:
-        kind = Int8Linear if layer.format == "int8_tensorwise" else QuantisedActivationsLinear
+        kind = _OWN_KINDS.get(layer.format, QuantisedActivationsLinear)
     network.set_submodule(path, kind(module))
     return asked and not native

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 
-from pytest_zimage.checkpoints.formats import Format, QuantisedLayer
+from pytest_zimage.checkpoints.formats import GGUF, Format, QuantisedLayer
+from pytest_zimage.checkpoints.gguf_linear import gguf_parameter
+from pytest_zimage.checkpoints.svdquant import SVDQUANT, matrix_shape, svdquant_params, svdquant_rows
 from pytest_zimage.errors import CheckpointError, UnsupportedError
 
 LAYOUTS: dict[Format, str] = {
@@ -19,6 +21,7 @@ LAYOUTS: dict[Format, str] = {
     "nvfp4": "TensorCoreNVFP4Layout",
     "mxfp8": "TensorCoreMXFP8Layout",
     "int8_tensorwise": "TensorWiseINT8Layout",
+    SVDQUANT: "TensorCoreSVDQuantW4A4Layout",
 }
 """comfy-kitchen's layout of each format."""
 
@@ -41,7 +44,12 @@ def layout_class(format_: Format) -> Any:
 
 
 def multiplies_natively(format_: Format, device: torch.device) -> bool:
-    """Whether `device` multiplies two operands of `format_`: from compute capability 8.9 for FP8, 10.0 for NVFP4."""
+    """Whether `device` multiplies two operands of `format_`: from compute capability 8.9 for FP8, 10.0 for NVFP4.
+
+    SVDQuant's product is defined for quantised inputs only, and comfy-kitchen computes it so on a CPU too.
+    """
+    if format_ == SVDQUANT and device.type == "cpu":
+        return True
     if device.type != "cuda":
         return False
     minimum: tuple[int, int] | None = layout_class(format_).MIN_SM_VERSION
@@ -50,12 +58,18 @@ def multiplies_natively(format_: Format, device: torch.device) -> bool:
 
 def logical_shape(layer: QuantisedLayer) -> tuple[int, int]:
     """`[out_features, in_features]` of the weight as stored; packed formats may be padded beyond the module's shape."""
+    if layer.format == SVDQUANT:
+        return matrix_shape(layer.tensors["weight"])
     rows, columns = layer.tensors["weight"].shape
+    if layer.format == GGUF:
+        return rows, columns // layer.options["block_bytes"] * layer.options["block"]
     return rows, columns * 2 if layer.format == "nvfp4" else columns
 
 
 def stored_shape(format_: Format, shape: tuple[int, int]) -> tuple[int, int]:
     """`logical_shape` that a module of `shape` must find in the file."""
+    if format_ == GGUF:
+        return shape
     cls = layout_class(format_)
     padded: tuple[int, int] = cls.get_padded_shape(shape) if hasattr(cls, "get_padded_shape") else shape
     return padded
@@ -63,8 +77,16 @@ def stored_shape(format_: Format, shape: tuple[int, int]) -> tuple[int, int]:
 
 def weight_tensor(
     layer: QuantisedLayer, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
-) -> QuantizedTensor:
-    """The weight of `layer`, of logical `shape`, that dequantises to `dtype`; `tensors` by suffix, on their device."""
+) -> Any:
+    """The weight of `layer`, of logical `shape`, that dequantises to `dtype`; `tensors` by suffix, on their device.
+
+    A `QuantizedTensor`, or diffusers' `GGUFParameter`.
+    """
+    if layer.format == GGUF:
+        return gguf_parameter(tensors["weight"], layer.options["type"])
+    if layer.format == SVDQUANT:
+        held = svdquant_params(layout_class(SVDQUANT), layer.options, tensors, shape, dtype)
+        return QuantizedTensor(tensors["weight"], LAYOUTS[SVDQUANT], held)
     scale = tensors["weight_scale"]
     more: dict[str, Any] = {}
     if layer.format in _BLOCK_SCALES:
@@ -84,12 +106,14 @@ def weight_tensor(
     return QuantizedTensor(tensors["weight"], LAYOUTS[layer.format], params)
 
 
-def split_rows(path: Path, layer: QuantisedLayer, weight: QuantizedTensor, parts: int) -> list[QuantizedTensor]:
+def split_rows(path: Path, layer: QuantisedLayer, weight: Any, parts: int) -> list[Any]:
     """`weight` cut into `parts` of equal rows; exact, since tiles of block scales lie row block after row block.
 
     Raises `UnsupportedError` where a part is no whole number of tiles.
     """
     rows = weight.shape[0] // parts
+    if layer.format == GGUF:
+        return list(weight.chunk(parts))
     if layer.format in _BLOCK_SCALES and rows % _TILE_ROWS:
         raise UnsupportedError(
             f"{path}: layer {layer.name!r}: {rows} rows of {layer.format} do not split along tiles of {_TILE_ROWS}",
@@ -98,7 +122,26 @@ def split_rows(path: Path, layer: QuantisedLayer, weight: QuantizedTensor, parts
     return [_rows(weight, i * rows, (i + 1) * rows) for i in range(parts)]
 
 
+def split_scales(path: Path, layer: QuantisedLayer, scales: torch.Tensor, parts: int) -> list[torch.Tensor]:
+    """The scales of a finely scaled FP8 weight as `[N/rows, 1, K/columns, 1]`, cut for `parts` of equal rows of it.
+
+    Raises `UnsupportedError` where a block lies in two parts.
+    """
+    assert layer.scale_blocks is not None
+    rows, block_rows = logical_shape(layer)[0], layer.scale_blocks[0]
+    if rows // parts % block_rows:
+        raise UnsupportedError(
+            f"{path}: layer {layer.name!r}: blocks of {block_rows} rows do not end where its {parts} parts of "
+            f"{rows // parts} rows do",
+            mend='keep the projections fused: kernels = "comfy"',
+        )
+    return list(scales.reshape(rows // block_rows, 1, -1, 1).chunk(parts))
+
+
 def _rows(weight: QuantizedTensor, begin: int, end: int) -> QuantizedTensor:
+    if weight._layout_cls == LAYOUTS[SVDQUANT]:
+        where, held = svdquant_rows(weight._params, begin, end)
+        return QuantizedTensor(weight._qdata[where], weight._layout_cls, held)
     changed: dict[str, Any] = {"orig_shape": (end - begin, weight.shape[1])}
     for name in ("scale", "block_scale"):
         value = getattr(weight._params, name, None)
@@ -117,9 +160,11 @@ def held_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def storage_type(tensor: torch.Tensor) -> str:
-    """`nvfp4`, `mxfp8`, `int8`, or torch's name of the type the values are stored in."""
+    """`nvfp4`, `mxfp8`, `svdquant_w4a4`, `gguf_q8_0`, or torch's name of the type the values are stored in."""
+    if hasattr(tensor, "quant_type"):
+        return f"gguf_{tensor.quant_type.name.lower()}"
     if isinstance(tensor, QuantizedTensor):
-        named = {"TensorCoreNVFP4Layout": "nvfp4", "TensorCoreMXFP8Layout": "mxfp8"}
+        named = {LAYOUTS[format_]: format_ for format_ in ("nvfp4", "mxfp8", SVDQUANT)}
         return named.get(tensor._layout_cls) or str(tensor._qdata.dtype).removeprefix("torch.")
     return str(tensor.dtype).removeprefix("torch.")
 
@@ -139,6 +184,8 @@ class ScaleCheck:
             codes = values.view(torch.uint8)
             # E4M3: sign bit set, or NaN (0x7F). E8M0 has no sign, and 0xFF for NaN.
             bad = codes >= 0x7F if layer.format == "nvfp4" else codes == 0xFF
+        elif suffix in ("proj_down", "proj_up"):
+            bad = ~torch.isfinite(scale.float())
         else:
             values = scale.float()
             bad = ~(torch.isfinite(values) & (values > 0 if suffix != "pre_quant_scale" else values != 0))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pytest_zimage.checkpoints.header import TensorInfo
-from pytest_zimage.errors import CheckpointError, UnsupportedError
+from pytest_zimage.errors import CheckpointError
 
 _ANEW = "have the file written anew, or take the official one"
 _WEIGHT_DTYPE = {
@@ -20,6 +20,7 @@ _WEIGHT_DTYPE = {
     "mxfp8": "F8_E4M3",
     "int8_tensorwise": "I8",
 }
+_FP8 = ("float8_e4m3fn", "float8_e5m2")
 _NEEDED = {"nvfp4": ("weight", "weight_scale", "weight_scale_2")}
 _BLOCKS = {"nvfp4": (16, ("F8_E4M3", "U8")), "mxfp8": (32, ("F8_E8M0", "U8"))}
 """Elements of K per block scale, and the dtypes the scales may have on disk."""
@@ -34,10 +35,28 @@ def _round_up(value: int, multiple: int) -> int:
     return (value + multiple - 1) // multiple * multiple
 
 
-def check_layer(path: Path, name: str, format_: str, tensors: Mapping[str, TensorInfo]) -> None:
+def scale_blocks(format_: str, tensors: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale of an FP8 weight with several; None for one scale and for other formats.
+
+    Scales are `[N]` or `[N, 1]` per channel, `[N/rows, K/columns]` or `[N/rows, 1, K/columns, 1]` per block.
+    """
+    if format_ not in _FP8 or tensors["weight_scale"].elements == 1:
+        return None
+    (rows, columns), shape = tensors["weight"].shape, tensors["weight_scale"].shape
+    if len(shape) == 4 and shape[1] == shape[3] == 1:
+        shape = (shape[0], shape[2])
+    elif shape == (rows,):
+        shape = (rows, 1)
+    if len(shape) != 2 or 0 in shape or rows % shape[0] or columns % shape[1]:
+        raise ValueError("no division of the weight")
+    return rows // shape[0], columns // shape[1]
+
+
+def check_layer(path: Path, name: str, format_: str, tensors: Mapping[str, TensorInfo], *, tiled: bool = True) -> None:
     """Check the tensors of layer `name`, by suffix, against what `format_` needs.
 
-    Raises `CheckpointError` naming file and tensor; `UnsupportedError` for FP8 scales per channel or per block.
+    `tiled`: block scales lie in tiles; else row by row, as ModelOpt writes them. Raises `CheckpointError` naming file
+    and tensor.
     """
     for suffix in _NEEDED.get(format_, ("weight", "weight_scale")):
         if suffix not in tensors:
@@ -50,7 +69,10 @@ def check_layer(path: Path, name: str, format_: str, tensors: Mapping[str, Tenso
     rows, columns = weight.shape[0], weight.shape[1] * (2 if format_ == "nvfp4" else 1)
     if format_ in _BLOCKS:
         block, dtypes = _BLOCKS[format_]
-        _expect(path, tensors["weight_scale"], format_, block_scale_shape(rows, columns, block), dtypes)
+        shape = block_scale_shape(rows, columns, block) if tiled else (rows, columns // block)
+        _expect(path, tensors["weight_scale"], format_, shape, dtypes)
+    elif format_ in _FP8:
+        _check_fp8_scales(path, format_, tensors)
     else:
         _check_tensor_scale(path, tensors["weight_scale"], format_, rows)
     for suffix in ("weight_scale_2", "input_scale"):
@@ -60,17 +82,23 @@ def check_layer(path: Path, name: str, format_: str, tensors: Mapping[str, Tenso
         _expect(path, tensors["pre_quant_scale"], format_, (columns,), ("F32", "F16", "BF16"))
 
 
+def _check_fp8_scales(path: Path, format_: str, tensors: Mapping[str, TensorInfo]) -> None:
+    scale = tensors["weight_scale"]
+    try:
+        several = scale_blocks(format_, tensors) is not None
+    except ValueError:
+        raise _wrong(path, scale, format_, "one number, one for each row, or one for each block") from None
+    if several:
+        _expect(path, scale, format_, scale.shape, ("F32",))
+    else:
+        _expect_scalar(path, scale, format_)
+
+
 def _check_tensor_scale(path: Path, scale: TensorInfo, format_: str, rows: int) -> None:
     if scale.shape in ((), (1,)):
         _expect_scalar(path, scale, format_)
     elif format_ == "int8_tensorwise" and scale.shape in ((rows, 1), (1, 1)):
         _expect(path, scale, format_, scale.shape, ("F32",))
-    elif scale.shape in ((rows,), (rows, 1)) or (len(scale.shape) >= 2 and scale.elements > 1):
-        kind = "per channel" if scale.shape in ((rows,), (rows, 1)) else "per block"
-        raise UnsupportedError(
-            f"{path}: tensor {scale.name!r}: {format_} scales {kind} ({list(scale.shape)}) are not served",
-            mend="take a file with one scale per tensor, NVFP4 or MXFP8",
-        )
     else:
         raise _wrong(path, scale, format_, "one number, [] or [1]")
 

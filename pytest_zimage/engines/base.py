@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -53,6 +54,8 @@ class RunPlan:
     """Longest silence before the engine's process counts as hung."""
     fit: FitPlan
     """When the machine is fit to be timed, and how long to wait until it is."""
+    reading: Callable[[ReportProgress], AbstractContextManager[None]] = lambda progress: nullcontext()
+    """Holds the disk of the files: entered before their page cache is emptied, left once they are loaded."""
 
 
 class Engine(ABC):

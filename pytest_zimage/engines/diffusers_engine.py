@@ -160,7 +160,9 @@ class _Variant:
 
     def flops_per_image(self) -> int:
         """Operations of the transformer in one image of the variant's own workload."""
-        tokens = self._tokens(self.workload.prompt).shape[1]
+        prompts = (self.workload.prompt, self.workload.negative_prompt)[: self.workload.forwards_per_step]
+        # Sequences of one batch are padded to the longest.
+        tokens = max(self._tokens(prompt).shape[1] for prompt in prompts)
         return transformer_flops(self.pipeline.transformer.config, self.workload, tokens)
 
     def _draw(self, clock: DeviceClock, workload: Workload) -> tuple[Round, torch.Tensor]:
@@ -173,7 +175,7 @@ class _Variant:
         with torch.inference_mode(), compiling(self._name) if self._compiles else nullcontext():
             clock.start()
             prompt = self._encode(workload.prompt)
-            negative = [self._encode("")] if workload.guidance > 0 else None
+            negative = [self._encode(workload.negative_prompt)] if workload.guidance > 0 else None
             clock.mark("text_encode")
             latents = self.pipeline(
                 prompt_embeds=[prompt],
@@ -227,13 +229,15 @@ class _Variant:
         decoded: torch.Tensor = vae.decode(latents, return_dict=False)[0]
         return decoded
 
-    def _count(self, *_: object) -> None:
-        self._forwards += 1
+    def _count(self, _transformer: object, arguments: tuple[Any, ...]) -> None:
+        # Each image of a batch is a forward of its own: with guidance the pipeline computes two in one call.
+        self._forwards += len(arguments[0])
 
     def _check(self, decoded: torch.Tensor) -> None:
-        if self._forwards != self.workload.steps:
+        steps, each = self.workload.steps, self.workload.forwards_per_step
+        if self._forwards != steps * each:
             raise MeasurementError(
-                f"{self._name}: {self._forwards} transformer forwards for {self.workload.steps} steps",
+                f"{self._name}: {self._forwards} transformer forwards for {steps} steps" + f" of {each}" * (each > 1),
                 mend="check the installed diffusers: the schedule it runs is not the workload's",
             )
         if not bool(torch.isfinite(decoded).all()):

@@ -6,6 +6,7 @@ import time
 from datetime import UTC, datetime
 from typing import TypeVar
 
+from pytest_zimage.checkpoints.folders import weight_files
 from pytest_zimage.engines.base import Engine, ReportProgress, RunPlan
 from pytest_zimage.engines.client import WorkerClient
 from pytest_zimage.engines.fit import guarding
@@ -46,7 +47,7 @@ class LocalEngine(Engine):
     def run(self, plan: RunPlan, progress: ReportProgress) -> RunRecord:
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
         begin = time.monotonic()
-        files = sorted(set(plan.files.values()))
+        files = sorted({file for path in plan.files.values() for file in weight_files(path)})
         use = DeviceUse(plan.gpu)
         asked_s: dict[str, float] = {}
 
@@ -60,8 +61,9 @@ class LocalEngine(Engine):
             # Emptied after the packages are imported: importing takes seconds in which something may read the files.
             hello = _expect(Hello, worker.receive("import"))
             _check_device(plan, hello)
-            cache = pagecache.empty(files)
-            loaded = ask(Loaded, _load_request(plan), "load")
+            with plan.reading(progress):
+                cache = pagecache.empty(files)
+                loaded = ask(Loaded, _load_request(plan), "load")
             first = ask(Drawn, Draw(rounds=1, first=True), "first image").rounds[0]
             # Untimed, and so the image that warms up what the first one left cold.
             traced = ask(Traced, Trace(), "trace")
@@ -109,7 +111,8 @@ class LocalEngine(Engine):
         assert plan.images is not None
         with self._worker(plan, progress) as worker:
             _check_device(plan, _expect(Hello, worker.receive("import")))
-            _expect(Loaded, worker.ask(_load_request(plan), "load"))
+            with plan.reading(progress):
+                _expect(Loaded, worker.ask(_load_request(plan), "load"))
             images = _expect(DrawnImages, worker.ask(plan.images, "images")).images
             worker.close()
         return images

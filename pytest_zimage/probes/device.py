@@ -36,6 +36,8 @@ class Machine(Struct, frozen=True, kw_only=True):
     driver: str = ""
     index: int | None = None
     """NVML's index, in PCI bus order."""
+    visible: int = 0
+    """How many GPUs CUDA_VISIBLE_DEVICES leaves; 0 on the CPU."""
     facts: dict[str, str] = {}
     """Firmware, board, link and limits of the GPU, for the environment record; see `gpu_identity`."""
     notes: tuple[str, ...] = ()
@@ -48,14 +50,17 @@ def detect(
     choice: str = "auto",
     nvml: Any = None,
     memory_total_bytes: int | None = None,
+    worker: tuple[int, int] | None = None,
 ) -> Machine:
     """The machine as `choice` (`auto`, `cpu`, `cuda`, `cuda:N`) and CUDA_VISIBLE_DEVICES (`visible`) leave it.
 
     `auto` takes the first visible GPU, and the CPU with a note that says why there is none. `nvml` stands in for
     pynvml; `memory_total_bytes` is the machine's RAM, against which a unified-memory device's own figure is checked.
+    `worker` is (number, of how many) where several processes share the work of this host: then `auto` and `cuda` give
+    each the next visible GPU, and begin again with the first where there are more processes than GPUs.
 
-    Raises `UnsupportedError` if `choice` is malformed or asks for a GPU that is not there, `CatalogError` if two
-    classes match the device.
+    Raises `UnsupportedError` if `choice` is malformed, asks for a GPU that is not there, or would spread the work over
+    GPUs of different classes, `CatalogError` if two classes match the device.
     """
     parsed = _CHOICE.fullmatch(choice)
     if not parsed:
@@ -72,6 +77,9 @@ def detect(
         if not seen:
             return _no_gpu(catalog, choice, (*notes, *why))
         wanted = int(parsed["index"] or 0)
+        if worker is not None and parsed["index"] is None:
+            _refuse_mixture(catalog, seen[: worker[1]])
+            wanted = worker[0] % len(seen)
         if wanted >= len(seen):
             raise UnsupportedError(
                 f"device {choice} was asked for, {len(seen)} visible", mend=f"use cuda:0 to cuda:{len(seen) - 1}"
@@ -88,6 +96,7 @@ def detect(
             uuid=device.uuid,
             driver=session.driver,
             index=device.index,
+            visible=len(seen),
             facts=gpu_identity(session, device.index),
             notes=(*notes, *why, *_kinds(seen, device), *class_notes, *memory_notes),
         )
@@ -177,6 +186,19 @@ def _kinds(seen: list[NvmlDevice], device: NvmlDevice) -> tuple[str, ...]:
         f"GPUs of different kinds are visible ({', '.join(kinds)}) and {device.name} counts; CUDA numbers them by "
         "speed unless CUDA_DEVICE_ORDER=PCI_BUS_ID, so name the one you mean by UUID in CUDA_VISIBLE_DEVICES",
     )
+
+
+def _refuse_mixture(catalog: Catalog, used: list[NvmlDevice]) -> None:
+    """Baselines belong to one device class, so a session spread over two could be judged against neither."""
+    classes = {classify(catalog, device)[0].name for device in used}
+    if len(classes) > 1:
+        told = ", ".join(f"GPU {device.index} is {device.name}" for device in used)
+        alike = [device for device in used if device.name == used[0].name]
+        raise UnsupportedError(
+            f"the {len(used)} workers would run on GPUs of different kinds: {told}",
+            mend="name GPUs of one kind, and as many workers: "
+            f"CUDA_VISIBLE_DEVICES={','.join(device.uuid for device in alike)} pytest ... -n {len(alike)}",
+        )
 
 
 def _no_gpu(catalog: Catalog, choice: str, notes: tuple[str, ...]) -> Machine:

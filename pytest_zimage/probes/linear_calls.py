@@ -19,6 +19,8 @@ from pytest_zimage.checkpoints.linears import LinearModule
 from pytest_zimage.checkpoints.quantised import held_tensors
 
 QUANTISED = "quantised-activations"
+LOW_RANK = "low-rank"
+WEIGHT_ONLY = "weight-only"
 
 _Use = Literal["product", "native", "cast", "dequantise"]
 _USES: dict[str, _Use] = {
@@ -26,8 +28,13 @@ _USES: dict[str, _Use] = {
     **dict.fromkeys(("aten::_scaled_mm", "aten::_scaled_mm_v2", "aten::_int_mm"), "native"),
     **dict.fromkeys(("aten::to", "aten::_to_copy"), "cast"),
 }
-UNLOGGED = {"aten::_scaled_mm": "scaled_mm_fp8", "aten::_scaled_mm_v2": "scaled_mm_fp8", "aten::_int_mm": "int_mm"}
-"""Products that comfy-kitchen leaves to torch, by the name its own have."""
+UNLOGGED = {
+    "aten::_scaled_mm": "scaled_mm_fp8",
+    "aten::_scaled_mm_v2": "scaled_mm_fp8",
+    "aten::_int_mm": "int_mm",
+    "pytest_zimage::dequantize_gguf": "dequantize_gguf",
+}
+"""What torch computes without comfy-kitchen's log saying so, by a name like its own."""
 
 
 class LinearCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -80,8 +87,14 @@ class LinearCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.calls[module, self._computed(use, module)] += 1
 
     def _computed(self, use: _Use, module: str) -> str:
+        declared = compute_of(self.declared[module])
         if use == "dequantise":
-            return "dequantised" if compute_of(self.declared[module]) == QUANTISED else "weight-only"
+            return "dequantised" if declared == QUANTISED else WEIGHT_ONLY
+        if use == "cast" and declared == WEIGHT_ONLY:
+            # How FP8 with scales per channel or block is dequantised, for which comfy-kitchen has no operation.
+            return WEIGHT_ONLY
+        if use == "product" and declared == LOW_RANK:
+            return LOW_RANK
         return {"product": "plain", "native": QUANTISED, "cast": "cast"}[use]
 
 
@@ -107,7 +120,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _use(name: str) -> _Use | None:
     """What an operation that gets a weight does with it; None: nothing that computes, such as a view."""
     namespace, _, operation = name.partition("::")
-    if namespace != "comfy_kitchen":
+    if namespace not in ("comfy_kitchen", "pytest_zimage"):
         return _USES.get(name)
     if operation.startswith("dequantize"):
         return "dequantise"

@@ -76,7 +76,7 @@ def delta_text(verdict: Verdict, title: str = "", options: Sequence[str] = ()) -
 
 def _explained(verdict: Verdict) -> list[str]:
     """What the word means, to someone who meets it for the first time."""
-    text = {
+    text = verdict.claim or {
         "regression": "Every fresh run and their mean lie beyond the band, and chance does not explain it (99.9 %)."
         if verdict.scale == "relative"
         else "Over the same prompts and seeds the mean is beyond the margin and chance does not explain it (99.9 %), "
@@ -138,9 +138,8 @@ def _amount(verdict: Verdict, amount: float) -> str:
 def _runs(verdict: Verdict) -> list[str]:
     what = "run" if verdict.scale == "relative" else "images"
     counted = "" if what == "run" else " images"
-    lines = (
-        [f"{verdict.k_base}{counted} in the baseline, {verdict.k_new} new"] if verdict.k_base or verdict.k_new else []
-    )
+    base = "of what it is compared with" if verdict.claim else "in the baseline"
+    lines = [f"{verdict.k_base}{counted} {base}, {verdict.k_new} new"] if verdict.k_base or verdict.k_new else []
     for number, rounds in enumerate(verdict.samples[:_MOST_RUNS_SHOWN], start=1):
         name = f"new {what} {number}" if what == "run" else "new images"
         if not rounds:
@@ -168,7 +167,7 @@ def _dispatch(verdict: Verdict) -> list[str]:
 
 def _environment(verdict: Verdict) -> list[str]:
     """Differences first; what the baseline never recorded explains nothing and takes one line together."""
-    if verdict.baseline is None:
+    if verdict.baseline is None or verdict.claim:
         return []
     changed = verdict.environment_changed
     unknown = [key for key, (old, _) in changed.items() if old == _RECORDED]
@@ -181,7 +180,7 @@ def _environment(verdict: Verdict) -> list[str]:
 def _next(verdict: Verdict, options: Sequence[str]) -> list[str]:
     accept = f"to accept it:       {commands.accept(verdict, options)}"
     closer = f"to look closer:     {commands.closer(verdict, options)}"
-    if verdict.injected:
+    if verdict.injected or verdict.claim:
         return [closer]
     return {
         "regression": [accept, closer],

@@ -22,6 +22,7 @@ _MARKS: dict[Outcome, str] = {
     "unfit": "?",
     "no-baseline": "?",
     "improvement": "+",
+    "seen": " ",
     "pass": " ",
 }
 _LEGEND = {"!": "! failed", "?": "? not judged", "+": "+ better", "*": "* injected"}
@@ -45,7 +46,7 @@ def verdict_table(verdicts: Sequence[Verdict], *, width: int = _MIN_WIDTH, optio
     rows = [{name: cell(verdict) for name, cell in _COLUMNS.items()} for verdict in verdicts]
     lines = _fitted(names, rows, max(width, _MIN_WIDTH))
     legend = legend_line(verdicts)
-    about = [*unfit_lines(verdicts), *throughput_lines(verdicts)]
+    about = [*claim_lines(verdicts), *unfit_lines(verdicts), *throughput_lines(verdicts)]
     return "\n".join(
         [
             *lines,
@@ -66,6 +67,11 @@ def counts_line(verdicts: Sequence[Verdict]) -> str:
     )
     noun = "verdict" if len(verdicts) == 1 else "verdicts"
     return f"{len(verdicts)} {noun}: {told}"
+
+
+def claim_lines(verdicts: Sequence[Verdict]) -> list[str]:
+    """A line for each published claim: where it was made, and what is seen of it here."""
+    return [f"  {verdict.metric}: {verdict.notes[0]}" for verdict in verdicts if verdict.claim and verdict.notes]
 
 
 def legend_line(verdicts: Sequence[Verdict]) -> str:

@@ -6,8 +6,11 @@ from typing import Literal
 
 from msgspec import Struct
 
-Outcome = Literal["pass", "regression", "improvement", "inconclusive", "no-baseline", "unfit", "changed", "error"]
-"""The class of a verdict; `Verdict.verdict` is the word a person reads (SLOWER, BIGGER, ...)."""
+Outcome = Literal[
+    "pass", "regression", "improvement", "inconclusive", "no-baseline", "unfit", "changed", "error", "seen"
+]
+"""The class of a verdict; `Verdict.verdict` is the word a person reads (SLOWER, BIGGER, ...). `seen`: measured and
+told, because what it is held against was claimed of another machine."""
 
 
 Scale = Literal["relative", "absolute"]
@@ -83,3 +86,5 @@ class Verdict(Struct, frozen=True, kw_only=True):
     scale: Scale = "relative"
     """Of change, interval, band, noise and mde: `relative` are ratios, `absolute` is the metric's own unit, and what
     k_base and k_new count are then pairs of images."""
+    claim: str = ""
+    """The published claim that this is about, with its source; `baseline` is then what the claim expects here."""

@@ -12,6 +12,7 @@ _WORDS: dict[Outcome, str] = {
     "unfit": "UNFIT",
     "changed": "CHANGED",
     "error": "ERROR",
+    "seen": "SEEN",
 }
 
 

@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pytest_zimage.checkpoints.synthetic", description=__doc__)
     parser.add_argument("--set", dest="name", choices=SET_NAMES, required=True)
     parser.add_argument("--out", type=Path, help="the set's own folder")
-    parser.add_argument("--files", nargs="*", metavar="NAME", help="write only these and the tokenizer; default: all")
+    parser.add_argument("--files", nargs="*", metavar="NAME", help="these and the tokenizer; default: the default ones")
     parser.add_argument("--device", default="cpu", help="where the weights are made and quantised")
     parser.add_argument("--dims", help="dimensions as JSON instead of the catalogue's")
     parser.add_argument("--dry-run", action="store_true", help="print each file's tensors and bytes, write nothing")
@@ -38,10 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, dims: ModelDims) -> None:
-    from pytest_zimage.checkpoints.synthetic.plan import plan_files
+    from pytest_zimage.checkpoints.synthetic.requested import plan_set
 
     if options.dry_run:
-        for plan in plan_files(dims):
+        for plan in plan_set(dims, options.files):
             _, tensors, size = plan.header()
             print(f"{plan.path}: {len(tensors)} tensors, {size} bytes")
         return

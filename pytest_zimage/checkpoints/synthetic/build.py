@@ -21,11 +21,11 @@ from pytest_zimage.checkpoints.synthetic.manifest import (
     write_manifest,
     writer_hash,
 )
-from pytest_zimage.checkpoints.synthetic.plan import FilePlan, plan_files
+from pytest_zimage.checkpoints.synthetic.requested import plan_set
 from pytest_zimage.checkpoints.synthetic.sink import FileSink
 from pytest_zimage.checkpoints.synthetic.target import Stages
 from pytest_zimage.checkpoints.synthetic.writer import Progress, check_space, write_files
-from pytest_zimage.errors import CatalogError, CheckpointError
+from pytest_zimage.errors import CheckpointError
 
 _HEARTBEAT_S = 5.0
 
@@ -39,12 +39,12 @@ def build_model_set(
     device: torch.device,
     say: Callable[[str], None],
 ) -> None:
-    """Write `file_names` (None: all) and the tokenizer into `root`, and record them in its manifest.
+    """Write `file_names` (None: the default variants') and the tokenizer into `root`, and record them in its manifest.
 
     Files of another writer or of other dimensions are removed; those of this one that are not named stay. Raises
     `CatalogError` for a file name that the set does not have and `CheckpointError` when the disk has no room.
     """
-    plans = _wanted(plan_files(dims), file_names if file_names is None else list(file_names))
+    plans = plan_set(dims, file_names)
     partial = root / f"{PARTIAL}{os.getpid()}"
     partial.mkdir(parents=True)
     try:
@@ -57,6 +57,10 @@ def build_model_set(
                 records[path] = record
                 say(f"{name}: {path} {record.bytes / 1e6:.1f} MB done")
         say(f"{name}: {_speed(needed, time.perf_counter() - began, sink.stages)}")
+        for plan in plans:
+            for path, text in plan.beside.items():
+                (partial / path).write_text(text, encoding="utf-8")
+                records[path] = record_file(partial / path)
         vocabulary = dims.text_encoder["vocab_size"]
         assert isinstance(vocabulary, int)
         tokenizer.write_tokenizer(partial, vocabulary)
@@ -69,18 +73,6 @@ def build_model_set(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _wanted(plans: list[FilePlan], file_names: list[str] | None) -> list[FilePlan]:
-    if file_names is None:
-        return plans
-    known = [Path(plan.path).name for plan in plans]
-    for file_name in file_names:
-        if file_name not in known:
-            raise CatalogError(
-                f"the synthetic model sets have no file {file_name!r}", mend=f"files they have: {', '.join(known)}"
-            )
-    return [plan for plan in plans if Path(plan.path).name in file_names]
 
 
 def _progress(name: str, needed: int, say: Callable[[str], None]) -> Progress:

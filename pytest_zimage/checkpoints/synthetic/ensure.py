@@ -12,14 +12,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import msgspec
 
 from pytest_zimage.catalog import Catalog
-from pytest_zimage.catalog.model import ROLE_FOLDERS, ModelDims
+from pytest_zimage.catalog.model import ModelDims
 from pytest_zimage.checkpoints.synthetic.manifest import NOT_WRITTEN, PARTIAL, damaged_files, read_manifest, writer_hash
-from pytest_zimage.checkpoints.synthetic.plan import FILE_NAMES
+from pytest_zimage.checkpoints.synthetic.plan import name_of
+from pytest_zimage.checkpoints.synthetic.requested import first_paths
 from pytest_zimage.checkpoints.synthetic.tokenizer import FILES as TOKENIZER_FILES
 from pytest_zimage.errors import CatalogError, CheckpointError
 
@@ -45,32 +46,25 @@ def ensure_model_set(
     device: str = "cpu",
     say: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
-    """Have `files` (file names; None: all) and the tokenizer of set `name` in `root`, writing what is not sound.
+    """Have `files` (names as in a variant; None: the default ones') and the tokenizer of set `name` in `root`.
+
+    What is there and not sound is written anew.
 
     Holds a lock beside `root`, so that of two sessions one writes and the other waits. `say` gets progress lines.
     Returns notes on what was written anew and why; none for a set that was simply not there yet. Raises `CatalogError`
     for a file the set does not have and `CheckpointError` when it cannot be written.
     """
-    paths = _paths(files)
+    paths = [*first_paths(files), *TOKENIZER_FILES]
     with _locked(root, say):
         unsound, notes = _unsound(name, dims, root, paths)
         if unsound:
             _remove_leftovers(root)
-            _write(name, dims, root, [Path(path).name for path in unsound if path not in TOKENIZER_FILES], device, say)
+            names = dict.fromkeys(name_of(path) for path in unsound if path not in TOKENIZER_FILES)
+            _write(name, dims, root, list(names), device, say)
             still, _ = _unsound(name, dims, root, paths)
             if still:
                 raise CheckpointError(f"{root / still[0]}: not sound right after it was written", mend="check the disk")
     return notes
-
-
-def _paths(files: Iterable[str] | None) -> list[str]:
-    known = {file: f"{ROLE_FOLDERS[role][0]}/{file}" for role, names in FILE_NAMES.items() for file in names}
-    for file in files or ():
-        if file not in known:
-            raise CatalogError(
-                f"the synthetic model sets have no file {file!r}", mend=f"files they have: {', '.join(known)}"
-            )
-    return [*(known[file] for file in (known if files is None else dict.fromkeys(files))), *TOKENIZER_FILES]
 
 
 def _unsound(name: str, dims: ModelDims, root: Path, paths: list[str]) -> tuple[list[str], list[str]]:
@@ -86,6 +80,8 @@ def _unsound(name: str, dims: ModelDims, root: Path, paths: list[str]) -> tuple[
         return paths, [f"{name}: written anew: {root} held {manifest.name} of other dimensions"]
     if manifest.writer != writer_hash(dims):
         return paths, [f"{name}: written anew: the writer changed"]
+    folders = {f"{PurePosixPath(path).parent}/" for path in paths if name_of(path).endswith("/")}
+    paths = [*paths, *(path for path in manifest.files if path not in paths and path.startswith(tuple(folders)))]
     damaged = damaged_files(root, manifest, paths)
     return list(damaged), [f"{name}: {path} written anew: {why}" for path, why in damaged.items() if why != NOT_WRITTEN]
 

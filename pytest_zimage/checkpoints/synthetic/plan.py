@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 from pytest_zimage.catalog.model import ROLE_FOLDERS, ModelDims, Role
 from pytest_zimage.checkpoints.header import DTYPE_BITS
 from pytest_zimage.checkpoints.keymap import fused_name, text_encoder_to_comfy, transformer_to_comfy, vae_to_ldm
 from pytest_zimage.checkpoints.networks import network_shapes
-from pytest_zimage.checkpoints.synthetic.storage import Storage, Stored, describe
+from pytest_zimage.checkpoints.synthetic.storage import Storage, Stored, describe, encode
+
+if TYPE_CHECKING:
+    import torch
 
 FILE_NAMES: dict[Role, tuple[str, ...]] = {
     "transformer": (
@@ -35,6 +40,22 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     storage: Storage
+    parts: tuple[str, ...] = ()
+    """This file's names for equal shares of its rows; empty: one, with the same name."""
+
+    def stored(self) -> list[Stored]:
+        """The tensors it becomes in this file."""
+        parts = self.parts or (self.name,)
+        shape = (self.shape[0] // len(parts), *self.shape[1:])
+        return [tensor for part in parts for tensor in describe(self.storage, part, shape)]
+
+    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Those tensors themselves, by name."""
+        parts = self.parts or (self.name,)
+        tensors: dict[str, torch.Tensor] = {}
+        for part, rows in zip(parts, weight.chunk(len(parts)), strict=True):
+            tensors |= encode(self.storage, part, rows)
+        return tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +69,14 @@ class FilePlan:
     metadata: dict[str, str] = field(default_factory=dict)
     markers: tuple[Stored, ...] = ()
     """Tensors that belong to no weight; their values are zero."""
+    beside: dict[str, str] = field(default_factory=dict)
+    """Texts of further files of the same folder, by their path in the set."""
 
     def stored(self) -> list[Stored]:
         """Every tensor in file order: wide dtypes first, then by name, which keeps each one aligned to its own size."""
         tensors = [*self.markers]
         for weight in self.weights:
-            tensors += describe(weight.storage, weight.name, weight.shape)
+            tensors += weight.stored()
         return sorted(tensors, key=lambda tensor: (-DTYPE_BITS[tensor.dtype], tensor.name))
 
     def header(self) -> tuple[bytes, dict[str, tuple[Stored, int]], int]:
@@ -72,9 +95,15 @@ class FilePlan:
         return len(text).to_bytes(8, "little") + text, offsets, start + offset
 
 
+def name_of(path: str) -> str:
+    """What a variant calls the file at `path` in a set: its name, or `NAME/` of the folder it is in."""
+    _, name, *below = PurePosixPath(path).parts
+    return f"{name}/" if below else name
+
+
 def plan_files(dims: ModelDims) -> list[FilePlan]:
-    """The plans of all files of a set of these dimensions."""
-    transformer = _transformer_shapes(dims)
+    """The plans of the files that the default variants need, of a set of these dimensions."""
+    transformer = transformer_shapes(dims)
     text_encoder = {text_encoder_to_comfy(name): shape for name, shape in network_shapes("text_encoder", dims).items()}
     depth = dims.text_encoder["num_hidden_layers"]
     assert isinstance(depth, int)
@@ -124,7 +153,8 @@ def _plan(
     return FilePlan(role, f"{ROLE_FOLDERS[role][0]}/{file_name}", weights, metadata or {}, markers)
 
 
-def _transformer_shapes(dims: ModelDims) -> dict[str, tuple[int, ...]]:
+def transformer_shapes(dims: ModelDims) -> dict[str, tuple[int, ...]]:
+    """The transformer's weights in ComfyUI's naming, qkv fused."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in network_shapes("transformer", dims).items():
         fused = fused_name(name)

@@ -16,14 +16,15 @@ from pytest_zimage.checkpoints.scales import block_scale_shape
 if TYPE_CHECKING:
     import torch
 
-Storage = Literal["bf16", "f32", "fp8_scale_weight", "fp8_blob", "nvfp4_header", "nvfp4_blob"]
+Storage = Literal["bf16", "f32", "fp8_scale_weight", "fp8_blob", "nvfp4_header", "nvfp4_blob", "modelopt_fp8"]
 
 _BLOBS: dict[Storage, bytes] = {
     "fp8_blob": json.dumps({"format": "float8_e4m3fn"}).encode(),
     "nvfp4_blob": json.dumps({"format": "nvfp4"}).encode(),
 }
 _NVFP4_COLUMNS_PER_SCALE = 16
-_NVFP4_LARGEST = 448.0 * 6.0
+_FP8_LARGEST = 448.0
+_NVFP4_LARGEST = _FP8_LARGEST * 6.0
 """Largest magnitude at a per-tensor scale of 1: the largest E4M3 block scale times the largest E2M1 value."""
 _INPUT_AMAX = 32.0
 """Largest activation the static input scales allow for; inputs of the synthetic linears stay below about 16."""
@@ -52,6 +53,9 @@ def describe(storage: Storage, name: str, shape: tuple[int, ...]) -> list[Stored
     rows, columns = shape
     if storage == "fp8_scale_weight":
         return [Stored(name, "F8_E4M3", shape), Stored(f"{layer}.scale_weight", "F32", (1,))]
+    if storage == "modelopt_fp8":
+        scales = [Stored(f"{layer}.{suffix}", "F32", ()) for suffix in ("weight_scale", "input_scale")]
+        return [Stored(name, "F8_E4M3", shape), *scales]
     if storage == "fp8_blob":
         tensors = [Stored(name, "F8_E4M3", shape), Stored(f"{layer}.weight_scale", "F32", ())]
     else:
@@ -78,6 +82,11 @@ def encode(storage: Storage, name: str, weight: torch.Tensor) -> dict[str, torch
     if storage == "f32":
         return {name: weight.to(torch.float32)}
     layer = name.removesuffix(".weight")
+    if storage == "modelopt_fp8":
+        # Not rounded to the weight's type, which comfy-kitchen's own maximum would be.
+        quantised, scale = _fp8(weight, weight.abs().amax().float() / _FP8_LARGEST)
+        input_scale = torch.tensor(_INPUT_AMAX / _FP8_LARGEST, dtype=torch.float32)
+        return {name: quantised, f"{layer}.weight_scale": scale.reshape(()), f"{layer}.input_scale": input_scale}
     if storage in ("fp8_scale_weight", "fp8_blob"):
         quantised, scale = _fp8(weight)
         old = storage == "fp8_scale_weight"
@@ -92,10 +101,10 @@ def encode(storage: Storage, name: str, weight: torch.Tensor) -> dict[str, torch
     return tensors
 
 
-def _fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _fp8(weight: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     from comfy_kitchen.tensor import QuantizedTensor
 
-    held = QuantizedTensor.from_float(weight, "TensorCoreFP8Layout")
+    held = QuantizedTensor.from_float(weight, "TensorCoreFP8Layout", scale=scale)
     return held._qdata, held._params.scale
 
 

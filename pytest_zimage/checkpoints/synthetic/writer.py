@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from pytest_zimage.checkpoints.synthetic.manifest import FileRecord
-from pytest_zimage.checkpoints.synthetic.plan import FilePlan
+from pytest_zimage.checkpoints.synthetic.plan import FilePlan, Weight
 from pytest_zimage.checkpoints.synthetic.sink import FileSink
-from pytest_zimage.checkpoints.synthetic.storage import Storage, Stored, encode
+from pytest_zimage.checkpoints.synthetic.storage import Stored
 from pytest_zimage.checkpoints.synthetic.values import make_weight
 from pytest_zimage.errors import CheckpointError
 
@@ -23,6 +23,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
     "U8": torch.uint8,
+    "I8": torch.int8,
 }
 _SPARE_BYTES = 64 << 20
 """Free space to leave over for everything else on the disk."""
@@ -59,8 +60,8 @@ def write_files(
             # the VAE exists in F32 only.
             dtype = torch.float32 if role == "vae" else torch.bfloat16
             weight = make_weight(f"{role}/{name}", shape, dtype, device)
-            for file, storage in wanted:
-                file.put(encode(storage, name, weight))
+            for file, planned in wanted:
+                file.put(planned.encode(weight))
             progress(sink.written)
         for file in files:
             file.close()
@@ -99,14 +100,14 @@ class _File:
         self._sink.close(self._target)
 
 
-def _weights(files: list[_File]) -> Iterator[tuple[str, tuple[int, ...], list[tuple[_File, Storage]]]]:
+def _weights(files: list[_File]) -> Iterator[tuple[str, tuple[int, ...], list[tuple[_File, Weight]]]]:
     """Each weight once, with the files that want it and how they store it; by name, as they lie in the files."""
-    wanted: dict[tuple[str, tuple[int, ...]], list[tuple[_File, Storage]]] = {}
+    wanted: dict[tuple[str, tuple[int, ...]], list[tuple[_File, Weight]]] = {}
     for file in files:
         for weight in file.weights:
-            wanted.setdefault((weight.name, weight.shape), []).append((file, weight.storage))
-    for (name, shape), storages in sorted(wanted.items(), key=lambda item: item[0]):
-        yield name, shape, storages
+            wanted.setdefault((weight.name, weight.shape), []).append((file, weight))
+    for (name, shape), planned in sorted(wanted.items(), key=lambda item: item[0]):
+        yield name, shape, planned
 
 
 def _check(tensor: torch.Tensor, stored: Stored) -> None:

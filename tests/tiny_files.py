@@ -1,0 +1,93 @@
+"""The tiny model set with files that are written only when asked for, loaded and drawn in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from msgspec import structs
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from pytest_zimage.catalog import ROLE_FOLDERS, load_catalog
+from pytest_zimage.catalog.model import Role
+from pytest_zimage.checkpoints.loader import LoadedPipeline, load_pipeline
+from pytest_zimage.checkpoints.synthetic import ensure_model_set
+from pytest_zimage.engines.diffusers_engine import DiffusersEngine
+from pytest_zimage.engines.protocol import Load
+from pytest_zimage.engines.sampler import build_scheduler
+from pytest_zimage.options import user_cache
+
+CATALOG = load_catalog()
+DIMS = CATALOG.models["synthetic-tiny"]
+CPU = torch.device("cpu")
+
+
+def files_of(name: str) -> dict[Role, Path]:
+    """The files of a variant, written first if need be."""
+    root = user_cache() / "synthetic-tiny"
+    named = CATALOG.variant(name).files()
+    ensure_model_set("synthetic-tiny", DIMS, root, named.values())
+    return {role: root / ROLE_FOLDERS[role][0] / file for role, file in named.items()}
+
+
+def load(name: str, files: dict[Role, Path] | None = None, **changed) -> LoadedPipeline:
+    """A variant through the loader; `files` take the place of its own, `changed` are keys of its table."""
+    paths = {**files_of(name), **(files or {})}
+    variant = structs.replace(CATALOG.variant(name), **changed)
+    tokenizer = user_cache() / "synthetic-tiny" / "tokenizer"
+    return load_pipeline(variant, DIMS, paths, tokenizer, build_scheduler(CATALOG.workload("turbo-tiny")), CPU)
+
+
+def engine(name: str, workload: str = "turbo-tiny", **changed) -> DiffusersEngine:
+    """A variant in the engine of the worker, ready to draw `workload` with the keys `changed`."""
+    paths = {role: str(path) for role, path in files_of(name).items()}
+    ready = DiffusersEngine()
+    ready.load(
+        Load(
+            variant=CATALOG.variant(name),
+            workload=structs.replace(CATALOG.workload(workload), **changed),
+            dims=DIMS,
+            files=paths,
+            tokenizer=str(user_cache() / "synthetic-tiny" / "tokenizer"),
+            device="cpu",
+        )
+    )
+    return ready
+
+
+def latents(loaded: LoadedPipeline, steps: int = 8) -> torch.Tensor:
+    """What the pipeline draws from fixed noise and a fixed embedding."""
+    generator = torch.Generator().manual_seed(7)
+    width = DIMS.transformer["cap_feat_dim"]
+    with torch.inference_mode():
+        return loaded.pipeline(
+            prompt_embeds=[torch.randn(21, width, generator=generator).to(loaded.pipeline.transformer.dtype)],
+            latents=torch.randn(1, 16, 16, 16, generator=generator),
+            height=128,
+            width=128,
+            num_inference_steps=steps,
+            sigmas=[1 - i / steps for i in range(steps)],
+            guidance_scale=0.0,
+            output_type="latent",
+            return_dict=False,
+        )[0]
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def altered(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> Path:
+    """`source` after `change(tensors, metadata)`, written to `target`."""
+    tensors = load_file(source)
+    with safe_open(source, framework="pt") as opened:
+        metadata = dict(opened.metadata() or {})
+    change(tensors, metadata)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target, metadata or None)
+    return target
+
+
+def silent(*_: object) -> None:
+    pass
