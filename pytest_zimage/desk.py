@@ -104,15 +104,21 @@ class QualityDesk:
         """The variant's images of every prompt, with `more` further seeds each."""
         session = self._session
         if session.wants_images:
-            first = session.run(variant, 0).images
-            self._shelf_of(variant).keep(first)
+            drawn = session.run(variant, 0).images
+            self._shelf_of(variant).keep(drawn)
         else:
-            first = self._draw(variant, self._pairs(0), f"{variant.name}-0")
-        if not more:
-            return first
-        base = set(self._pairs(0))
-        further = [pair for pair in self._pairs(more) if pair not in base]
-        return (*first, *self._draw(variant, further, f"{variant.name}-{more}"))
+            drawn = self._draw(variant, self._pairs(self.seeds_at_once), f"{variant.name}-0")
+        known = {(image.prompt, image.seed): image for image in drawn}
+        wanted = [*self._pairs(0), *(pair for pair in self._pairs(more) if pair not in set(self._pairs(0)))]
+        if further := [(prompt, seed) for prompt, seed in wanted if (prompt.name, seed) not in known]:
+            late = self._draw(variant, further, f"{variant.name}-{more}")
+            known |= {(image.prompt, image.seed): image for image in late}
+        return tuple(known[prompt.name, seed] for prompt, seed in wanted)
+
+    @property
+    def seeds_at_once(self) -> int:
+        """Further seeds a prompt that are drawn with the first ones: recording needs them all, a verdict seldom."""
+        return self.stages[-1] if self._session.settings.update_baselines else 0
 
     def references(self, more: int = 0) -> tuple[DrawnImage, ...]:
         """The bf16 images of the same prompts and seeds, without any injected fault.

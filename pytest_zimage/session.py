@@ -185,7 +185,7 @@ class ZImageSession:
             def measure() -> RunRecord:
                 plan = self.plan(variant, index, progress)
                 if index == 0 and self.wants_images:
-                    plan = replace(plan, images=self.desk.request(plan))
+                    plan = replace(plan, images=self.desk.request(plan, self.desk.seeds_at_once))
                 return self.engine.run(plan, progress)
 
             return self.book.get(variant.name, index, measure, progress)
