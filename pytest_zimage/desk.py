@@ -101,7 +101,7 @@ class QualityDesk:
         )
 
     def images(self, variant: Variant, more: int = 0) -> tuple[DrawnImage, ...]:
-        """The variant's images of every prompt, with `more` further seeds each."""
+        """The variant's images of every prompt, with `more` further seeds each, in the order of the set."""
         session = self._session
         if session.wants_images:
             drawn = session.run(variant, 0).images
@@ -109,7 +109,7 @@ class QualityDesk:
         else:
             drawn = self._draw(variant, self._pairs(self.seeds_at_once), f"{variant.name}-0")
         known = {(image.prompt, image.seed): image for image in drawn}
-        wanted = [*self._pairs(0), *(pair for pair in self._pairs(more) if pair not in set(self._pairs(0)))]
+        wanted = self._pairs(more)
         if further := [(prompt, seed) for prompt, seed in wanted if (prompt.name, seed) not in known]:
             late = self._draw(variant, further, f"{variant.name}-{more}")
             known |= {(image.prompt, image.seed): image for image in late}
@@ -144,6 +144,7 @@ class QualityDesk:
         """What the judge says of each image; held against bf16's."""
         texts = {prompt.name: prompt.text for prompt in self.prompts.prompts}
         shelf = self._shelf_of(variant)
+        references = {(image.prompt, image.seed): image for image in self.references(more)}
         items = [
             Item(
                 prompt=image.prompt,
@@ -151,11 +152,11 @@ class QualityDesk:
                 seed=image.seed,
                 path=image.path,
                 pixels_sha256=image.pixels_sha256,
-                reference=reference.path,
-                reference_sha256=reference.pixels_sha256,
+                reference=references[image.prompt, image.seed].path,
+                reference_sha256=references[image.prompt, image.seed].pixels_sha256,
                 size=(shelf.width, shelf.height),
             )
-            for image, reference in zip(self.images(variant, more), self.references(more), strict=True)
+            for image in self.images(variant, more)
         ]
         with self._session.reporting("quality judge") as progress:
             # On the CPU scoring would disturb what another process of this session is timing.
