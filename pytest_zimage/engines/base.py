@@ -53,6 +53,8 @@ class RunPlan:
     """Longest silence before the engine's process counts as hung."""
     fit: FitPlan
     """When the machine is fit to be timed, and how long to wait until it is."""
+    arrived: Callable[[DrawnImage], None] = lambda image: None
+    """Called with those of `images` that are on disk while others are still drawn; an engine need not."""
 
 
 class Engine(ABC):
