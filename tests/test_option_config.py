@@ -7,13 +7,13 @@ import pytest
 from pytest_zimage.catalog import load_catalog
 from pytest_zimage.errors import CatalogError
 
-ALL = ["bf16", "fp8-cast", "fp8-cast-fast", "fp8-scaled", "nvfp4", "nvfp4-fp8e"]
+ANYWHERE = ["bf16", "fp8-cast", "fp8-cast-fast", "fp8-scaled", "nvfp4", "nvfp4-fp8e"]
 
 
 @pytest.mark.parametrize(
     ("patterns", "names"),
     [
-        ([], ALL),
+        ([], [*ANYWHERE, "bf16-compile"]),
         (["nvfp4"], ["nvfp4"]),
         (["nvfp4", "bf16"], ["bf16", "nvfp4"]),
         (["fp8-*"], ["fp8-cast", "fp8-cast-fast", "fp8-scaled"]),
@@ -31,7 +31,8 @@ def test_close_matches_are_offered():
 
 
 def test_unknown_tag_lists_the_known():
-    with pytest.raises(CatalogError, match=r"no variant has the tag @int8\n  mend: known tags: bf16, fp8, nvfp4"):
+    known = "bf16, compile, fp8, nvfp4"
+    with pytest.raises(CatalogError, match=rf"no variant has the tag @int8\n  mend: known tags: {known}"):
         load_catalog().select(["@int8"])
 
 
@@ -52,6 +53,20 @@ def test_the_ini_value_serves_and_the_command_line_wins(script):
     assert script.ran == ["bf16-1", "nvfp4-1"]
     script.project.runpytest_subprocess("--zimage-config", "fp8-cast")
     assert script.ran[2:] == ["fp8-cast-1"]
+
+
+def test_a_variant_of_other_lanes_is_left_out(script):
+    script(default=[{"rounds": [1.0]}])
+    script.project.runpytest_subprocess()
+    assert script.ran == [f"{name}-1" for name in ANYWHERE]
+
+
+def test_nothing_but_variants_of_other_lanes_is_a_usage_error(script):
+    script(default=[{"rounds": [1.0]}])
+    result = script.project.runpytest_subprocess("--zimage-config=@compile")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: none of bf16-compile runs on cpu*", "*--zimage-list*"])
+    assert script.ran == []
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")])
