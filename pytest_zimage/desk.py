@@ -6,9 +6,9 @@ them. Controls are scored on those too, since they ask whether the scorer is fit
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from pytest_zimage.baselines.quality import Evidence, drawn_pairs, drawn_prompts
 from pytest_zimage.catalog import Prompt, PromptSet, Variant
 from pytest_zimage.engines.base import RunPlan
 from pytest_zimage.engines.protocol import DrawImages, DrawnImage
-from pytest_zimage.errors import CatalogError
+from pytest_zimage.errors import CatalogError, ZImageError
 from pytest_zimage.imaging import Shelf, open_shelf
 from pytest_zimage.quality.client import Judge
 from pytest_zimage.quality.controls import ControlOutcome, judge_controls
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from pytest_zimage.session import ZImageSession
 
 REFERENCE = "bf16"
+_HANDED_IN = 4
+"""Images handed to the judge at a time while others are drawn: about what a GPU draws while it scores them."""
 _SCORERS: dict[str, ScorerName] = {"clip_score": "clip_score", "lpips": "lpips", "psnr": "psnr_db", "ssim": "ssim"}
 
 
@@ -101,18 +103,24 @@ class QualityDesk:
         )
 
     def images(self, variant: Variant, more: int = 0) -> tuple[DrawnImage, ...]:
-        """The variant's images of every prompt, with `more` further seeds each."""
+        """The variant's images of every prompt, with `more` further seeds each, in the order of the set."""
         session = self._session
         if session.wants_images:
-            first = session.run(variant, 0).images
-            self._shelf_of(variant).keep(first)
+            drawn = session.run(variant, 0).images
+            self._shelf_of(variant).keep(drawn)
         else:
-            first = self._draw(variant, self._pairs(0), f"{variant.name}-0")
-        if not more:
-            return first
-        base = set(self._pairs(0))
-        further = [pair for pair in self._pairs(more) if pair not in base]
-        return (*first, *self._draw(variant, further, f"{variant.name}-{more}"))
+            drawn = self._draw(variant, self._pairs(self.seeds_at_once), f"{variant.name}-0")
+        known = {(image.prompt, image.seed): image for image in drawn}
+        wanted = self._pairs(more)
+        if further := [(prompt, seed) for prompt, seed in wanted if (prompt.name, seed) not in known]:
+            late = self._draw(variant, further, f"{variant.name}-{more}")
+            known |= {(image.prompt, image.seed): image for image in late}
+        return tuple(known[prompt.name, seed] for prompt, seed in wanted)
+
+    @property
+    def seeds_at_once(self) -> int:
+        """Further seeds a prompt that are drawn with the first ones: recording needs them all, a verdict seldom."""
+        return self.stages[-1] if self._session.settings.update_baselines else 0
 
     def references(self, more: int = 0) -> tuple[DrawnImage, ...]:
         """The bf16 images of the same prompts and seeds, without any injected fault.
@@ -136,10 +144,55 @@ class QualityDesk:
 
     def scores(self, variant: Variant, more: int = 0) -> tuple[ImageScore, ...]:
         """What the judge says of each image; held against bf16's."""
+        references = {(image.prompt, image.seed): image for image in self.references(more)}
+        item = self._items(variant)
+        items = [item(image, references[image.prompt, image.seed]) for image in self.images(variant, more)]
+        with self._session.reporting("quality judge") as progress:
+            # On the CPU scoring would disturb what another process of this session is timing.
+            quiet = self._session.machine.torch_device == "cpu"
+            with self._session.book.device(progress) if quiet else contextlib.nullcontext():
+                return self.judge.score(items)
+
+    def scoring_meanwhile(self, variant: Variant) -> Callable[[DrawnImage], None]:
+        """What hands images to the judge while a GPU draws the next ones; `scores` then finds them scored.
+
+        Does nothing where drawing is the CPU's own work, and where the bf16 images would have to be drawn first.
+        """
+        session = self._session
+        itself = variant.name == REFERENCE and not session.injection.quality
+        known = {} if itself else self._references_at_hand()
+        if session.machine.torch_device == "cpu" or known is None:
+            return lambda image: None
+        item = self._items(variant)
+        waiting: list[Item] = []
+
+        def arrived(image: DrawnImage) -> None:
+            reference = image if itself else known.get((image.prompt, image.seed))
+            if reference is not None:
+                waiting.append(item(image, reference))
+            if len(waiting) >= _HANDED_IN:
+                # Its errors are told when the scores are collected.
+                with contextlib.suppress(ZImageError):
+                    self.judge.submit(tuple(waiting))
+                waiting.clear()
+
+        return arrived
+
+    def _references_at_hand(self) -> dict[tuple[str, int], DrawnImage] | None:
+        """The bf16 images of this session or of an earlier one of the same build, without drawing any."""
+        session = self._session
+        variant = session.catalog.variant(REFERENCE)
+        runs = [] if session.injection.quality else session.book.recorded(REFERENCE)
+        images = runs[0].images if runs else self._shelf_of(variant, clean=True).find(self._pairs(0))
+        return {(image.prompt, image.seed): image for image in images} if images else None
+
+    def _items(self, variant: Variant) -> Callable[[DrawnImage, DrawnImage], Item]:
+        """Makes what the judge is asked of an image of `variant` and its reference."""
         texts = {prompt.name: prompt.text for prompt in self.prompts.prompts}
-        shelf = self._shelf_of(variant)
-        items = [
-            Item(
+        size = self.prompts.width or self._session.workload.width, self.prompts.height or self._session.workload.height
+
+        def item(image: DrawnImage, reference: DrawnImage) -> Item:
+            return Item(
                 prompt=image.prompt,
                 text=texts[image.prompt],
                 seed=image.seed,
@@ -147,15 +200,10 @@ class QualityDesk:
                 pixels_sha256=image.pixels_sha256,
                 reference=reference.path,
                 reference_sha256=reference.pixels_sha256,
-                size=(shelf.width, shelf.height),
+                size=size,
             )
-            for image, reference in zip(self.images(variant, more), self.references(more), strict=True)
-        ]
-        with self._session.reporting("quality judge") as progress:
-            # On the CPU scoring would disturb what another process of this session is timing.
-            quiet = self._session.machine.torch_device == "cpu"
-            with self._session.book.device(progress) if quiet else nullcontext():
-                return self.judge.score(items)
+
+        return item
 
     @cached_property
     def controls(self) -> tuple[ControlOutcome, ...]:

@@ -9,6 +9,7 @@ from pytest_zimage.errors import BaselineError, MeasurementError
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.model import Verdict
 from pytest_zimage.verdict.moves import moves
+from pytest_zimage.verdict.rows import limit_row
 
 DISPATCH = "dispatch"
 QUANTISED = "quantised_layers"
@@ -33,16 +34,14 @@ def judge_quantised(session: ZImageSession, test: str, variant: Variant) -> Verd
         notes = ["no layer of this variant computes with quantised activations on this device"]
     else:
         notes = []
-    return Verdict(
-        test=test,
-        variant=variant.name,
-        metric=QUANTISED,
+    return limit_row(
+        test,
+        variant,
+        QUANTISED,
         unit="count",
-        verdict="DEQUANTISED" if calls else "PASS",
-        outcome="error" if calls else "pass",
+        broken="DEQUANTISED" if calls else "",
         value=float(calls or declared),
         k_new=1,
-        scale="absolute",
         notes=tuple(notes),
         injected=bool(session.injection),
     )

@@ -9,6 +9,7 @@ from pytest_zimage.probes.leftover import ALLOWED_BYTES
 from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.model import Verdict
+from pytest_zimage.verdict.rows import limit_row
 
 RETURNED = "device_memory_returned"
 HELD = "device_memory_held"
@@ -44,17 +45,15 @@ def judge_returned(session: ZImageSession, test: str, variant: Variant) -> Verdi
         f" gone; {units.size(ALLOWED_BYTES)} may",
         "another process may have taken it meanwhile: compare nvidia-smi before and after",
     )
-    return Verdict(
-        test=test,
-        variant=variant.name,
-        metric=RETURNED,
+    return limit_row(
+        test,
+        variant,
+        RETURNED,
         unit="bytes",
-        verdict="NOT RETURNED" if kept else "PASS",
-        outcome="error" if kept else "pass",
+        broken="NOT RETURNED" if kept else "",
         value=float(max(left[worst], 0)),
-        band=float(ALLOWED_BYTES),
-        scale="absolute",
         k_new=len(left),
+        band=float(ALLOWED_BYTES),
         notes=told if kept else (),
         injected=bool(session.injection),
     )
@@ -75,18 +74,18 @@ def judge_held(session: ZImageSession, test: str, variant: Variant) -> Verdict:
     first = records[0]
     weights, held, peak = _weights(first), first.memory.device_held_bytes or 0, first.memory.device_peak_bytes or 0
     sums = f"peak {units.size(peak)} = weights {units.size(weights)} + activations {units.size(peak - held)}"
-    return Verdict(
-        test=test,
-        variant=variant.name,
-        metric=HELD,
+    return limit_row(
+        test,
+        variant,
+        HELD,
         unit="bytes",
-        verdict="NOT EXPLAINED" if problems else "PASS",
-        outcome="error" if problems else "pass",
+        broken="NOT EXPLAINED" if problems else "",
         value=float(held),
+        k_new=len(records),
+        scale="relative",
         baseline=float(weights),
         change=held / weights - 1,
         band=max(metric.band, metric.band_absolute / weights),
-        k_new=len(records),
         notes=(*problems, *([] if problems else [sums])),
         injected=bool(session.injection),
     )

@@ -20,7 +20,7 @@ from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.model import Judgement, Verdict
 from pytest_zimage.verdict.paired import PairRule, judge_paired
-from pytest_zimage.verdict.rows import verdict_row
+from pytest_zimage.verdict.rows import limit_row, verdict_row
 
 DRIFT = "lpips_recorded"
 SOUND = "images"
@@ -31,16 +31,14 @@ def judge_images(session: ZImageSession, test: str, variant: Variant) -> Verdict
     """Whether every image is one at all: not blank, not uniform, not saturated, of the right size."""
     evidence = session.desk.evidence(variant)
     count = len(evidence.pairs)
-    return Verdict(
-        test=test,
-        variant=variant.name,
-        metric=SOUND,
+    return limit_row(
+        test,
+        variant,
+        SOUND,
         unit="count",
-        verdict="BROKEN" if evidence.problems else "PASS",
-        outcome="error" if evidence.problems else "pass",
+        broken="BROKEN" if evidence.problems else "",
         value=float(count),
         k_new=count,
-        scale="absolute",
         notes=(*evidence.problems[:6], *_more(evidence.problems)),
         injected=evidence.injected,
     )

@@ -194,7 +194,8 @@ class ZImageSession:
             def measure() -> RunRecord:
                 plan = self.plan(variant, index, progress)
                 if index == 0 and self.wants_images:
-                    plan = replace(plan, images=self.desk.request(plan))
+                    images = self.desk.request(plan, self.desk.seeds_at_once)
+                    plan = replace(plan, images=images, arrived=self.desk.scoring_meanwhile(variant))
                 return self.engine.run(plan, progress)
 
             return self.book.get(variant.name, index, measure, progress)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,6 +42,15 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a build server pytest prints its short summary in full, and counts of lines would differ.
     for name in ("CI", "BUILD_NUMBER"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """The test may leave no thread and no open file."""
+    threads, files = set(threading.enumerate()), sorted(os.listdir("/proc/self/fd"))
+    yield
+    assert set(threading.enumerate()) <= threads
+    assert sorted(os.listdir("/proc/self/fd")) == files
 
 
 INI = """

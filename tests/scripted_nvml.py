@@ -5,7 +5,8 @@ What a `Gpu` says nothing of is refused as NOT_SUPPORTED, which is what a driver
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +28,8 @@ def not_supported() -> NVMLError:
 class Gpu:
     """One scripted GPU; `memory_gib` None is NOT_SUPPORTED, `lost` has no handle, `fallen` one that answers nothing.
 
-    `answers` says by function name what else NVML tells of it: a value, or an exception to raise. `processes` are
-    (pid, bytes).
+    `answers` says by function name what NVML tells of it: a value, an exception to raise, or a function of what is
+    asked besides the handle; it goes before everything else. `processes` are (pid, bytes).
     """
 
     def __init__(
@@ -42,41 +43,54 @@ class Gpu:
 
 
 class ScriptedNvml:
-    """The functions of pynvml that are asked. `broken` makes `nvmlInit` fail; `refused` names what is NOT_SUPPORTED."""
+    """The functions of pynvml that are asked.
+
+    `broken` makes `nvmlInit` fail, `refused` names what is NOT_SUPPORTED, and `absent` what these bindings do not have.
+    Every call is noted in `asked`, and the thread that it came from in `threads`.
+    """
 
     NVMLError = NVMLError
     NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
 
-    def __init__(self, *gpus: Gpu, broken: NVMLError | None = None, refused: frozenset[str] = frozenset()) -> None:
-        self.gpus, self.broken, self.refused, self.shut = gpus, broken, refused, 0
+    def __init__(
+        self,
+        *gpus: Gpu,
+        broken: NVMLError | None = None,
+        refused: frozenset[str] = frozenset(),
+        absent: frozenset[str] = frozenset(),
+    ) -> None:
+        self.gpus, self.broken, self.refused, self.absent = gpus, broken, refused, absent
+        self.asked: list[str] = []
+        self.threads: set[str] = set()
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("nvml"):
+            return object.__getattribute__(self, name)
+        if name in self.absent:
+            raise AttributeError(name)
+        return partial(self._answer, name)
+
+    def _answer(self, name: str, *args: Any) -> Any:
+        self.asked.append(name)
+        self.threads.add(threading.current_thread().name)
+        if name in self.refused:
+            raise not_supported()
+        gpu = args[0] if args and isinstance(args[0], Gpu) else None
+        if gpu is not None and name in gpu.answers:
+            told = gpu.answers[name]
+            if isinstance(told, Exception):
+                raise told
+            return told(*args[1:]) if callable(told) else told
+        if name not in vars(type(self)):
+            raise not_supported()
+        return vars(type(self))[name](self, *args)
 
     def nvmlInit(self):
         if self.broken:
             raise self.broken
 
     def nvmlShutdown(self):
-        self.shut += 1
-
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("nvml") and name in object.__getattribute__(self, "refused"):
-            return _refuse
-        return object.__getattribute__(self, name)
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Whatever has no method here is told by the GPU's own `answers`."""
-        if not name.startswith("nvml"):
-            raise AttributeError(name)
-
-        def answer(*args: Any) -> Any:
-            gpu = args[0] if args and isinstance(args[0], Gpu) else None
-            if gpu is None or name not in gpu.answers:
-                raise not_supported()
-            told = gpu.answers[name]
-            if isinstance(told, Exception):
-                raise told
-            return told(*args[1:]) if callable(told) else told
-
-        return answer
+        pass
 
     def nvmlSystemGetDriverVersion(self):
         return "580.95.05"
@@ -128,10 +142,6 @@ class ScriptedNvml:
         if index >= len(gpu.slices):
             raise NVMLError(NOT_FOUND, "Not Found")
         return gpu.slices[index]
-
-
-def _refuse(*_args: Any) -> Any:
-    raise not_supported()
 
 
 def _unless_fallen(gpu: Gpu) -> Gpu:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from scripted_nvml import GIB, Gpu, NVMLError, ScriptedNvml
 
@@ -39,17 +41,14 @@ SOUND = {
 
 def use(*used_gib: float | None):
     """A `DeviceUse` before which the first size is in use, then the others in turn; and how often it slept."""
-    gpu, rest, slept = Gpu("NVIDIA H200", (9, 0), 139.8, "GPU-a", used_gib=used_gib[0]), list(used_gib[1:]), []
-    lib = ScriptedNvml(gpu)
-    found = DeviceUse("GPU-a", lib=lib, sleep=slept.append)
-    answer = lib.nvmlDeviceGetMemoryInfo
+    rest, slept = list(used_gib), []
 
-    def following(handle):
-        gpu.used_gib = rest.pop(0) if len(rest) > 1 else rest[0]
-        return answer(handle)
+    def following(*_version):
+        used = rest.pop(0) if len(rest) > 1 else rest[0]
+        return SimpleNamespace(total=int(139.8 * GIB), used=int(used * GIB))
 
-    lib.nvmlDeviceGetMemoryInfo = following
-    return found, slept
+    gpu = Gpu("NVIDIA H200", (9, 0), 139.8, "GPU-a", answers={"nvmlDeviceGetMemoryInfo": following})
+    return DeviceUse("GPU-a", lib=ScriptedNvml(gpu), sleep=slept.append), slept
 
 
 def test_memory_that_comes_back_at_once_is_asked_once():

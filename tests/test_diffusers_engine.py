@@ -19,6 +19,7 @@ from pytest_zimage.engines import clock as clock_module
 from pytest_zimage.engines import diffusers_engine
 from pytest_zimage.engines.clock import DeviceClock
 from pytest_zimage.engines.diffusers_engine import DiffusersEngine
+from pytest_zimage.engines.drawing import to_pixels
 from pytest_zimage.engines.protocol import Draw, Injection, Load, encode
 from pytest_zimage.errors import EngineError, MeasurementError, UnsupportedError
 from pytest_zimage.options import user_cache
@@ -124,7 +125,7 @@ def test_pixels_are_those_of_diffusers_own_image_processor(engine) -> None:
     loaded = engine()._loaded
     decoded = torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(3)).bfloat16()
     theirs = loaded.pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
-    assert diffusers_engine._to_pixels(decoded).numpy().tobytes() == theirs.tobytes()
+    assert to_pixels(decoded).numpy().tobytes() == theirs.tobytes()
 
 
 def test_embedding_is_the_one_diffusers_pipeline_makes(engine) -> None:

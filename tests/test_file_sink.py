@@ -17,14 +17,7 @@ from pytest_zimage.errors import CheckpointError
 
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def _nothing_left():
-    """No test may leave a thread or an open file."""
-    threads, files = set(threading.enumerate()), sorted(os.listdir("/proc/self/fd"))
-    yield
-    assert set(threading.enumerate()) <= threads
-    assert sorted(os.listdir("/proc/self/fd")) == files
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 def small(**changed) -> FileSink:

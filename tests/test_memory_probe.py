@@ -145,15 +145,15 @@ def scripted_nvml(*answers, gpus: int = 1) -> Nvml:
     """An NVML whose running processes are `answers`, one a poll; an exception is raised."""
     script = iter(answers)
 
-    def running(_gpu):
+    def running():
         answer = next(script)
         if isinstance(answer, Exception):
             raise answer
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in answer]
 
-    lib = ScriptedNvml(*(Gpu("NVIDIA H200", (9, 0), 139.8, f"GPU-{index}") for index in range(gpus)))
-    lib.nvmlDeviceGetComputeRunningProcesses = running
-    return Nvml(lib, "580.95")
+    told = {"nvmlDeviceGetComputeRunningProcesses": running}
+    listed = (Gpu("NVIDIA H200", (9, 0), 139.8, f"GPU-{index}", answers=told) for index in range(gpus))
+    return Nvml(ScriptedNvml(*listed), "580.95")
 
 
 def polled(*answers, uuid: str = "", gpus: int = 1) -> ProcessMemory:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from types import SimpleNamespace
 
 import psutil
 import pytest
+from scripted_nvml import LIBRARY_NOT_FOUND, Gpu, NVMLError, ScriptedNvml, not_supported
 
 from pytest_zimage.engines.protocol import CanaryTimed
 from pytest_zimage.probes.fitness import GpuProcess, Reading
@@ -16,7 +16,6 @@ from pytest_zimage.probes.host_load import Cores, HostLoad, core_times, own_proc
 from pytest_zimage.probes.nvml import Nvml
 from pytest_zimage.probes.observer import Observer, Strangers, observing, worse
 
-NOT_SUPPORTED = 3
 GB = 10**9
 ANSWERS = {
     "nvmlDeviceGetClockInfo": 1755,
@@ -25,63 +24,20 @@ ANSWERS = {
     "nvmlDeviceGetPowerUsage": 655_400,
     "nvmlDeviceGetEnforcedPowerLimit": 700_000,
     "nvmlDeviceGetCurrentClocksEventReasons": 0x4,
-    "nvmlDeviceGetComputeRunningProcesses": [],
 }
+ASKED = frozenset({*ANSWERS, "nvmlDeviceGetComputeRunningProcesses"})
 
 
-class NVMLError(Exception):
-    pass
+def nvml(*, processes=(), refused=(), absent=(), **answers) -> ScriptedNvml:
+    """One H200 under load, UUID GPU-1, that answers otherwise where told."""
+    told = Gpu("NVIDIA H200", (9, 0), 139.8, "GPU-1", processes=processes, answers={**ANSWERS, **answers})
+    return ScriptedNvml(told, refused=frozenset(refused), absent=frozenset(absent))
 
 
-class ScriptedNvml:
-    """Answers by function name; an exception is raised, a list of lists is one answer a call."""
-
-    NVMLError = NVMLError
-
-    def __init__(self, **answers):
-        self.answers = {**ANSWERS, **answers}
-        self.asked: list[str] = []
-        self.threads: set[str] = set()
-
-    def nvmlInit(self):
-        pass
-
-    def nvmlShutdown(self):
-        self.asked.append("shutdown")
-
-    def nvmlSystemGetDriverVersion(self):
-        return "580.95.05"
-
-    def nvmlDeviceGetHandleByUUID(self, uuid):
-        if uuid != "GPU-1":
-            raise NVMLError("Not Found")
-        return "handle"
-
-    def __getattr__(self, name):
-        if name not in self.answers:
-            raise AttributeError(name)
-
-        def call(handle, *_):
-            assert handle == "handle"
-            self.asked.append(name)
-            self.threads.add(threading.current_thread().name)
-            answer = self.answers[name]
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
-
-        return call
+def state(lib: ScriptedNvml, uuid: str = "GPU-1") -> GpuState:
+    return GpuState(Nvml(lib, "580"), uuid)
 
 
-def process(pid, size):
-    return SimpleNamespace(pid=pid, usedGpuMemory=size)
-
-
-def gpu(**answers) -> GpuState:
-    return GpuState(Nvml(ScriptedNvml(**answers), "580"), "GPU-1")
-
-
-REFUSED = NVMLError("Not Supported")
 READ = {
     "sm_clock_mhz": ("nvmlDeviceGetClockInfo", 1755),
     "sm_clock_max_mhz": ("nvmlDeviceGetMaxClockInfo", 1980),
@@ -95,46 +51,45 @@ READ = {
 
 @pytest.mark.parametrize("figure", READ)
 def test_each_figure_is_read(figure):
-    assert getattr(gpu(), figure)() == READ[figure][1]
+    assert getattr(state(nvml()), figure)() == READ[figure][1]
 
 
 @pytest.mark.parametrize("figure", READ)
 def test_what_is_refused_is_unknown_and_says_so(figure):
-    state = gpu(**{READ[figure][0]: REFUSED})
-    assert getattr(state, figure)() is None
-    assert list(state.refused.values()) == ["NVML says Not Supported"]
+    refusing = state(nvml(refused=[READ[figure][0]]))
+    assert getattr(refusing, figure)() is None
+    assert list(refusing.refused.values()) == ["NVML says Not Supported"]
 
 
 @pytest.mark.parametrize("figure", ["sm_clock_mhz", "sm_clock_max_mhz", "temperature_c", "power_w", "power_limit_w"])
 @pytest.mark.parametrize("value", [0, -1, 2**32 - 1])
 def test_what_cannot_be_is_not_believed(figure, value):
-    state = gpu(**{READ[figure][0]: value})
-    assert getattr(state, figure)() is None
-    assert list(state.refused.values()) == [f"{value} cannot be"]
+    lying = state(nvml(**{READ[figure][0]: value}))
+    assert getattr(lying, figure)() is None
+    assert list(lying.refused.values()) == [f"{value} cannot be"]
 
 
 def test_a_refusal_is_forgotten_once_it_is_answered():
-    state = gpu(nvmlDeviceGetTemperature=REFUSED)
-    assert state.temperature_c() is None
-    state._lib.answers["nvmlDeviceGetTemperature"] = 50
-    assert state.temperature_c() == 50
-    assert state.refused == {}
+    lib = nvml(nvmlDeviceGetTemperature=not_supported())
+    asking = state(lib)
+    assert asking.temperature_c() is None
+    lib.gpus[0].answers["nvmlDeviceGetTemperature"] = 50
+    assert asking.temperature_c() == 50
+    assert asking.refused == {}
 
 
 def test_a_device_that_nvml_does_not_know_answers_nothing():
-    state = GpuState(Nvml(ScriptedNvml(), "580"), "MIG-7")
-    assert [getattr(state, figure)() for figure in READ] == [None] * len(READ)
-    assert state.refused == {"the device": "NVML says Not Found"}
+    nobody = state(nvml(), "MIG-7")
+    assert [getattr(nobody, figure)() for figure in READ] == [None] * len(READ)
+    assert nobody.refused == {"the device": "NVML says Not Found"}
 
 
 def test_older_bindings_have_an_older_name_for_throttling():
-    lib = ScriptedNvml(nvmlDeviceGetCurrentClocksThrottleReasons=0x20)
-    del lib.answers["nvmlDeviceGetCurrentClocksEventReasons"]
-    assert GpuState(Nvml(lib, "580"), "GPU-1").throttle() == ("thermal throttle",)
-    del lib.answers["nvmlDeviceGetCurrentClocksThrottleReasons"]
-    state = GpuState(Nvml(lib, "580"), "GPU-1")
-    assert state.throttle() is None
-    assert state.refused == {"throttling": "this nvidia-ml-py cannot ask"}
+    newer, older = "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"
+    assert state(nvml(absent=[newer], **{older: 0x20})).throttle() == ("thermal throttle",)
+    neither = state(nvml(absent=[newer, older]))
+    assert neither.throttle() is None
+    assert neither.refused == {"throttling": "this nvidia-ml-py cannot ask"}
 
 
 @pytest.mark.parametrize(
@@ -157,8 +112,8 @@ def test_throttling_in_words(bits, words):
 
 
 def test_a_process_without_a_size_is_listed_all_the_same():
-    listed = [process(7, None), process(8, 2**64 - 1), process(9, 5)]
-    assert gpu(nvmlDeviceGetComputeRunningProcesses=listed).processes() == {7: None, 8: None, 9: 5}
+    listed = [(7, None), (8, 2**64 - 1), (9, 5)]
+    assert state(nvml(processes=listed)).processes() == {7: None, 8: None, 9: 5}
 
 
 # ---- whose processes -----------------------------------------------------
@@ -278,13 +233,11 @@ def test_swap_is_read_from_the_kernel(tmp_path):
 
 def observer(lib: ScriptedNvml | None) -> Observer:
     host = Host(*[Cores(0.5 * i, 0) for i in range(1, 9)]).load()
-    state = GpuState(Nvml(lib, "580"), "GPU-1") if lib else None
-    return Observer(state, host, strangers(10), unknown=() if lib else ("no driver",))
+    return Observer(state(lib) if lib else None, host, strangers(10), unknown=() if lib else ("no driver",))
 
 
 def test_one_look_has_everything():
-    lib = ScriptedNvml(nvmlDeviceGetComputeRunningProcesses=[process(10, GB), process(4711, 2 * GB)])
-    seen = observer(lib).look(CanaryTimed(790.0, 4000.0), worker=10)
+    seen = observer(nvml(processes=[(10, GB), (4711, 2 * GB)])).look(CanaryTimed(790.0, 4000.0), worker=10)
     assert (seen.sm_clock_mhz, seen.sm_clock_max_mhz, seen.throttle, seen.power_limit_w) == (
         *(1755, 1980, ("power cap",), 700.0),
     )
@@ -298,10 +251,7 @@ GB10_REFUSES = ("nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetMaxClockInfo", 
 
 
 def test_gb10_leaves_what_it_refuses_unknown_and_says_the_rest():
-    lib = ScriptedNvml(
-        **dict.fromkeys(GB10_REFUSES, REFUSED), nvmlDeviceGetComputeRunningProcesses=[process(10, 12 * GB)]
-    )
-    seen = observer(lib).look(CanaryTimed(95.0, 250.0), worker=10)
+    seen = observer(nvml(refused=GB10_REFUSES, processes=[(10, 12 * GB)])).look(CanaryTimed(95.0, 250.0), worker=10)
     assert (seen.sm_clock_mhz, seen.sm_clock_max_mhz, seen.power_limit_w) == (None, None, None)
     assert (seen.temperature_c, seen.power_w, seen.processes) == (66, 655.4, ())
     assert sorted(seen.unknown) == [
@@ -312,10 +262,10 @@ def test_gb10_leaves_what_it_refuses_unknown_and_says_the_rest():
 
 
 def test_a_gpu_that_refuses_everything_is_unknown_and_no_crash():
-    seen = observer(ScriptedNvml(**dict.fromkeys(ANSWERS, REFUSED))).look(CanaryTimed(notes=("out of memory",)))
+    seen = observer(nvml(refused=ASKED)).look(CanaryTimed(notes=("out of memory",)))
     known = {name for name in Reading.__struct_fields__ if getattr(seen, name) not in (None, 1)}
     assert known == {"host_load", "swap_bytes", "canary", "unknown"}
-    assert len(seen.unknown) == len(ANSWERS) + 1
+    assert len(seen.unknown) == len(ASKED) + 1
 
 
 def test_without_a_gpu_the_host_is_looked_at():
@@ -325,11 +275,11 @@ def test_without_a_gpu_the_host_is_looked_at():
 
 
 def test_the_thread_keeps_the_worst_of_all_looks():
-    lib = ScriptedNvml()
+    lib = nvml()
     watching = observer(lib)
     with watching.watching(10, interval_s=3600) as watch:
         for clock, bits, heat in ((1900, 0x4, 60), (1200, 0x20, 90), (1980, 0, 70)):
-            lib.answers |= {
+            lib.gpus[0].answers |= {
                 "nvmlDeviceGetClockInfo": clock,
                 "nvmlDeviceGetCurrentClocksEventReasons": bits,
                 "nvmlDeviceGetTemperature": heat,
@@ -343,15 +293,15 @@ def test_the_thread_keeps_the_worst_of_all_looks():
 
 def test_the_thread_looks_by_itself_and_is_gone_afterwards():
     looked = threading.Event()
-    lib = ScriptedNvml()
-    asked = lib.nvmlDeviceGetTemperature
 
-    def temperature(*arguments):
+    def temperature(_sensor):
         looked.set()
-        return asked(*arguments)
+        return 66
 
-    lib.nvmlDeviceGetTemperature = temperature
-    with observer(lib).watching(10, interval_s=0.001) as watch:
+    lib = nvml(nvmlDeviceGetTemperature=temperature)
+    watching = observer(lib)
+    lib.threads.clear()
+    with watching.watching(10, interval_s=0.001) as watch:
         assert looked.wait(10)
     assert watch.worst.looks >= 1
     assert lib.threads == {"zimage-fitness"}
@@ -359,13 +309,13 @@ def test_the_thread_looks_by_itself_and_is_gone_afterwards():
 
 
 def test_the_thread_ends_when_the_block_fails():
-    with pytest.raises(ZeroDivisionError), observer(ScriptedNvml()).watching(10, interval_s=0.001):
+    with pytest.raises(ZeroDivisionError), observer(nvml()).watching(10, interval_s=0.001):
         raise ZeroDivisionError
     assert "zimage-fitness" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_processes_are_asked_for_more_rarely_than_clocks():
-    lib = ScriptedNvml()
+    lib = nvml()
     with observer(lib).watching(10, interval_s=3600) as watch:
         for _ in range(10):
             watch.once()
@@ -392,18 +342,17 @@ def test_the_worse_of_two_looks():
 
 
 def test_nvml_is_opened_for_a_gpu_only_and_closed_again():
-    lib = ScriptedNvml()
+    lib = nvml()
     with observing("GPU-1", os.getpid(), lib=lib) as found:
         assert found.look().sm_clock_mhz == 1755
-    assert lib.asked[-1] == "shutdown"
-    silent = ScriptedNvml()
+    assert lib.asked[-1] == "nvmlShutdown"
+    silent = nvml()
     with observing("", os.getpid(), lib=silent) as found:
         assert found.look().unknown == ("no GPU, so nothing was asked of one",)
     assert silent.asked == []
 
 
 def test_without_a_driver_everything_of_the_gpu_is_unknown():
-    lib = ScriptedNvml()
-    lib.nvmlInit = lambda: (_ for _ in ()).throw(NVMLError("Library Not Found"))
+    lib = ScriptedNvml(broken=NVMLError(LIBRARY_NOT_FOUND, "Library Not Found"))
     with observing("GPU-1", os.getpid(), lib=lib) as found:
         assert found.look().unknown == ("no NVIDIA driver to ask: Library Not Found",)

@@ -79,6 +79,20 @@ def test_the_ini_value_serves_and_the_command_line_wins(script):
     assert script.ran[2:] == ["fp8-cast-1"]
 
 
+def test_a_variant_of_other_lanes_is_left_out(script):
+    script(default=[{"rounds": [1.0]}])
+    script.project.runpytest_subprocess()
+    assert script.ran == [f"{name}-1" for name in ALL]
+
+
+def test_nothing_but_variants_of_other_lanes_is_a_usage_error(script):
+    script(default=[{"rounds": [1.0]}])
+    result = script.project.runpytest_subprocess("--zimage-config=@compile")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: none of bf16-compile runs on cpu*", "*--zimage-list*"])
+    assert script.ran == []
+
+
 @pytest.mark.parametrize("workers", [(), ("-n", "2")])
 def test_an_unknown_name_is_a_usage_error(script, workers):
     script(default=[{"rounds": [1.0]}])

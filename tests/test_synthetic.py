@@ -377,6 +377,7 @@ def test_sound_set_is_not_hashed_again(tiny, dims, monkeypatch):
 
 
 def test_same_bytes_again_from_two_processes_at_once(tiny, dims, tmp_path):
+    """One of them by a link, as where two caches share a set."""
     code = (
         "import sys; from pathlib import Path\n"
         "from pytest_zimage.catalog import load_catalog\n"
@@ -384,9 +385,12 @@ def test_same_bytes_again_from_two_processes_at_once(tiny, dims, tmp_path):
         f"dims = set_dims({NAME!r}, load_catalog())\n"
         f"print(ensure_model_set({NAME!r}, dims, Path(sys.argv[1]), say=print))"
     )
-    root = tmp_path / NAME
+    root, link = tmp_path / NAME, tmp_path / "another" / NAME
+    link.parent.mkdir()
+    link.symlink_to(root)
     both = [
-        subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+        for path in (root, link)
     ]
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]

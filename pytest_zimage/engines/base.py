@@ -56,6 +56,8 @@ class RunPlan:
     """When the machine is fit to be timed, and how long to wait until it is."""
     reading: Callable[[ReportProgress], AbstractContextManager[None]] = lambda progress: nullcontext()
     """Holds the disk of the files: entered before their page cache is emptied, left once they are loaded."""
+    arrived: Callable[[DrawnImage], None] = lambda image: None
+    """Called with those of `images` that are on disk while others are still drawn; an engine need not."""
 
 
 class Engine(ABC):

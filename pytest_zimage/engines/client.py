@@ -71,6 +71,8 @@ class ChildClient(Generic[Asked, Answered]):
         self._stdin = self._process.stdin
         self._stdout = self._process.stdout
         self._buffer = b""
+        self.on_progress: Callable[[Progress], None] = lambda progress: None
+        """Called with each sign of life, beside the progress shown."""
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._stdout, selectors.EVENT_READ)
 
@@ -116,6 +118,7 @@ class ChildClient(Generic[Asked, Answered]):
             reply = self._parse(line)
             if isinstance(reply, Progress):
                 shown = reply
+                self.on_progress(reply)
                 self._progress(shown.stage, shown.done, shown.total)
             elif isinstance(reply, Failure):
                 raise self._failed(reply)

@@ -108,7 +108,10 @@ class ForkServer:
     def _receive(self, kind: type[Answer]) -> Answer:
         line = b""
         while not line.endswith(b"\n"):
-            part = self._control.recv(1 << 16)
+            try:
+                part = self._control.recv(1 << 16)
+            except ConnectionResetError:  # it ended with a request unread
+                part = b""
             if not part:
                 raise self._gone()
             line += part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -73,6 +74,7 @@ class LocalEngine(Engine):
                 canary=lambda: ask(CanaryTimed, Canary(), "canary"),
             )
             memory = ask(Reported, Report(), "report")
+            worker.on_progress = lambda shown: plan.arrived(shown.image) if shown.image else None
             images = ask(DrawnImages, plan.images, "images").images if plan.images else ()
             worker.close()
         return RunRecord(
@@ -120,7 +122,7 @@ class LocalEngine(Engine):
     def _worker(self, plan: RunPlan, progress: ReportProgress) -> WorkerClient:
         what = f"worker of {plan.variant.name}, run {plan.index + 1}"
         if self._server is None or not self._server.alive:
-            self._server = ForkServer(plan.log.with_name("forkserver.log"))
+            self._server = ForkServer(plan.log.with_name(f"forkserver-{os.getpid()}.log"))
         self._server.ready(plan.timeout_s, progress)
         start = self._server.worker(plan.device)
         return WorkerClient(what, plan.log, start, timeout_s=plan.timeout_s, progress=progress, gpu=plan.gpu)

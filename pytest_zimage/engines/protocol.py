@@ -108,12 +108,24 @@ class Hello(Struct, frozen=True, tag=True):
     """Versions and device as the worker sees them."""
 
 
+class DrawnImage(Struct, frozen=True):
+    """One image on disk."""
+
+    prompt: str
+    seed: int
+    path: str
+    pixels_sha256: str
+    """Of the uint8 RGB pixels, row by row; the fingerprint."""
+
+
 class Progress(Struct, frozen=True, tag=True):
     """A sign of life during a request."""
 
     stage: str
     done: int = 0
     total: int = 0
+    image: DrawnImage | None = None
+    """One that is on disk now, of those that the request asked for."""
 
 
 class Loaded(Struct, frozen=True, tag=True):
@@ -151,16 +163,6 @@ class Drawn(Struct, frozen=True, tag=True):
     """The images of one `Draw`."""
 
     rounds: tuple[Round, ...]
-
-
-class DrawnImage(Struct, frozen=True):
-    """One image on disk."""
-
-    prompt: str
-    seed: int
-    path: str
-    pixels_sha256: str
-    """Of the uint8 RGB pixels, row by row; the fingerprint."""
 
 
 class DrawnImages(Struct, frozen=True, tag=True):

@@ -94,7 +94,7 @@ def _answer(
                 with nullcontext() if request.first else sampler.paused():
                     return engine.draw(request, lambda stage, done, total: say(Progress(stage, done, total)))
             case DrawImages():
-                return engine.draw_images(request, lambda stage, done, total: say(Progress(stage, done, total)))
+                return engine.draw_images(request, say)
             case Canary():
                 # What it holds for a moment is not the variant's memory, whoever counts it.
                 with sampler.paused(), aside.taken():

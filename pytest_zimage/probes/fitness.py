@@ -24,6 +24,10 @@ class CanaryFigures(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """1e9 bytes a second, read and written both counted."""
 
 
+CANARIES = (("matmul", "TFLOP/s", "matmul_tflops"), ("copy", "GB/s", "copy_gb_s"))
+"""What each figure is called, its unit, and its field."""
+
+
 class Recorded(Struct, frozen=True, kw_only=True):
     """What the canary said when the baseline was recorded."""
 
@@ -41,6 +45,11 @@ class GpuProcess(Struct, frozen=True):
     """Empty where this machine's process table does not have it."""
     bytes: int | None = None
     """Device memory that it holds."""
+
+    @property
+    def title(self) -> str:
+        """`pid 4711 python`, or the number alone."""
+        return f"pid {self.pid} {self.name}".rstrip()
 
 
 class Reading(Struct, frozen=True, kw_only=True):
@@ -126,12 +135,11 @@ def reasons(fitness: Fitness, limits: FitnessLimits, recorded: Recorded | None =
 def _others(fitness: Fitness, limits: FitnessLimits) -> Iterator[str]:
     for process in fitness.processes():
         if process.bytes is not None and process.bytes > limits.process_bytes:
-            named = f"pid {process.pid} {process.name}".rstrip()
-            yield f"another process holds {gigabytes(process.bytes)}: {named}"
+            yield f"another process holds {gigabytes(process.bytes)}: {process.title}"
 
 
 def _canaries(fitness: Fitness, limits: FitnessLimits, recorded: Recorded | None) -> Iterator[str]:
-    for title, unit, key in (("matmul", "TFLOP/s", "matmul_tflops"), ("copy", "GB/s", "copy_gb_s")):
+    for title, unit, key in CANARIES:
         before, after = (
             getattr(reading.canary, key) if reading else None for reading in (fitness.before, fitness.after)
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from pytest_zimage.errors import MemoryShortageError
 from pytest_zimage.probes import nvml
+from pytest_zimage.probes.fitness import GpuProcess
 from pytest_zimage.probes.gpu_state import GpuState
 from pytest_zimage.probes.host_load import process_name
 from pytest_zimage.probes.memory import nvml_uuid, shares_memory
@@ -45,7 +46,7 @@ def others_on(uuid: str, own: int, lib: Any = None) -> list[str]:
             return []
         found = GpuState(session, uuid).processes() or {}
     return [
-        f"{f'pid {pid} {process_name(pid)}'.rstrip()} holds {_gib(size) if size is not None else 'an unknown amount'}"
+        f"{GpuProcess(pid, process_name(pid)).title} holds {_gib(size) if size is not None else 'an unknown amount'}"
         for pid, size in sorted(found.items())
         if pid != own
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pytest_zimage.probes.fitness import Fitness, figure, gigabytes
+from pytest_zimage.probes.fitness import CANARIES, Fitness, figure, gigabytes
 from pytest_zimage.reports import units
 from pytest_zimage.verdict.model import Verdict
 
@@ -40,7 +40,7 @@ def _gpu(fitness: Fitness) -> str:
 
 def _canary(fitness: Fitness) -> str:
     parts: list[str] = []
-    for title, unit, key in (("matmul", "TFLOP/s", "matmul_tflops"), ("copy", "GB/s", "copy_gb_s")):
+    for title, unit, key in CANARIES:
         timed = [getattr(reading.canary, key) for reading in (fitness.before, fitness.after) if reading]
         if known := [figure(value) for value in timed if value is not None]:
             parts.append(f"{title} {' -> '.join(known)} {unit}")
@@ -49,8 +49,7 @@ def _canary(fitness: Fitness) -> str:
 
 def _company(fitness: Fitness) -> str:
     parts = [
-        f"pid {process.pid} {process.name}".rstrip()
-        + (f" holds {gigabytes(process.bytes)}" if process.bytes is not None else "")
+        process.title + (f" holds {gigabytes(process.bytes)}" if process.bytes is not None else "")
         for process in fitness.processes()
     ]
     if busy := [reading.host_load for reading in fitness.readings() if reading.host_load is not None]:

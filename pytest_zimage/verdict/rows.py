@@ -5,10 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from pytest_zimage.catalog.model import Metric, Variant
-from pytest_zimage.verdict.model import Judgement, Verdict
+from pytest_zimage.verdict.model import Judgement, Outcome, Verdict
 from pytest_zimage.verdict.words import word
 
 _SHARED = tuple(name for name in Judgement.__struct_fields__ if name in Verdict.__struct_fields__)
+
+
+def limit_row(
+    test: str, variant: Variant, metric: str, *, unit: str, broken: str, value: float, k_new: int, **explained: Any
+) -> Verdict:
+    """A check of `variant` against a limit, which no baseline tells: `broken` is the word for a failure, "" for none.
+
+    `explained` are further fields of the row.
+    """
+    figures = {"unit": unit, "value": value, "k_new": k_new, "scale": "absolute", **explained}
+    outcome: Outcome = "error" if broken else "pass"
+    return Verdict(test=test, variant=variant.name, metric=metric, verdict=broken or "PASS", outcome=outcome, **figures)
 
 
 def verdict_row(test: str, variant: Variant, metric: Metric, judgement: Judgement, **explained: Any) -> Verdict:

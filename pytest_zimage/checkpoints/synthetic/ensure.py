@@ -94,6 +94,8 @@ def _remove_leftovers(root: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(root: Path, say: Callable[[str], None]) -> Iterator[None]:
+    # Two caches may share one set by a link.
+    root = root.resolve()
     path = root.with_name(f".{root.name}.lock")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
