@@ -53,6 +53,16 @@ def nothing_left() -> Iterator[None]:
     assert sorted(os.listdir("/proc/self/fd")) == files
 
 
+@pytest.fixture
+def attention_backend_kept() -> Iterator[None]:
+    """diffusers keeps the backend chosen last for the whole process, and for networks that were built before too."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
+
+    before, _ = Registry.get_active_backend()
+    yield
+    Registry.set_active_backend(before)
+
+
 INI = """
 [pytest]
 zimage_cache = {cache}

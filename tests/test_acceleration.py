@@ -18,6 +18,8 @@ from pytest_zimage.checkpoints.flops import transformer_flops
 from pytest_zimage.checkpoints.synthetic.ensure import set_dims
 from pytest_zimage.errors import UnsupportedError
 
+pytestmark = pytest.mark.usefixtures("attention_backend_kept")
+
 CATALOG = load_catalog()
 TINY = set_dims("synthetic-tiny", CATALOG)
 

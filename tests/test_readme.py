@@ -32,6 +32,7 @@ def test_its_tables_are_a_catalogue(catalog):
     assert set(catalog.workloads) - set(SHIPPED.workloads) == {"portrait-768"}
 
 
+@pytest.mark.usefixtures("attention_backend_kept")
 def test_its_accelerated_variant_is_what_the_text_says(catalog):
     variant = catalog.variant("bf16-cudnn-compile")
     assert (variant.attention, variant.compile) == ("_native_cudnn", True)
