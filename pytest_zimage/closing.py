@@ -159,7 +159,18 @@ def _notes(ours: ZImageSession, environment: dict[str, str]) -> tuple[str, ...]:
         for old, new in filter(None, models)
         if old != UNRECORDED
     ]
-    return tuple(filter(None, [slow_kitchen(environment), *others, *_crowd(ours), *_missing(ours)]))
+    return tuple(filter(None, [slow_kitchen(environment), *others, *_elsewhere(ours), *_crowd(ours), *_missing(ours)]))
+
+
+def _elsewhere(ours: ZImageSession) -> tuple[str, ...]:
+    """Variants that were asked for by name, glob or tag and that this lane has no place for."""
+    if not ours.settings.config or "machine" not in vars(ours):
+        return ()
+    lane = ours.machine.device_class.name
+    left_out = [v for v in ours.catalog.select(ours.settings.config) if v.lanes and lane not in v.lanes]
+    return tuple(
+        f"{v.name} was asked for and does not run on {lane}: its lanes are {', '.join(v.lanes)}" for v in left_out
+    )
 
 
 def _crowd(ours: ZImageSession) -> tuple[str, ...]:

@@ -107,3 +107,15 @@ def test_a_tag_is_given_with_an_equals_sign(script):
     script(default=[{"rounds": [1.0]}])
     script.project.runpytest_subprocess("--zimage-config=@part1")
     assert script.ran == [f"{name}-1" for name in ALL]
+
+
+def test_a_variant_of_other_lanes_is_not_left_out_without_a_word(script):
+    script(default=[{"rounds": [1.0]}])
+    result = script.project.runpytest_subprocess("--zimage-config", "nvfp4,bf16-compile")
+    assert script.ran == ["nvfp4-1"]
+    result.stdout.fnmatch_lines(["NOTE: bf16-compile was asked for and does not run on cpu: its lanes are gb10, *"])
+
+
+def test_what_nobody_asked_for_by_name_is_no_note(script):
+    script(default=[{"rounds": [1.0]}])
+    assert "does not run on" not in script.project.runpytest_subprocess().stdout.str()
