@@ -126,11 +126,12 @@ def test_memory_is_bounded_when_the_disk_is_slow(tmp_path, monkeypatch):
 
 def test_early_flush_that_outlasts_the_last_one(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_FLUSH_BYTES", 1000)
-    last_is_done, calls, real = threading.Event(), [], os.fsync
+    early_began, last_is_done, calls, real = threading.Event(), threading.Event(), [], os.fsync
 
     def fsync(fd):
         calls.append(fd)
         if len(calls) == 1:
+            early_began.set()
             assert last_is_done.wait(30)
             return
         real(fd)
@@ -140,6 +141,7 @@ def test_early_flush_that_outlasts_the_last_one(tmp_path, monkeypatch):
     with small() as sink:
         target = sink.open(tmp_path / "f", 1500, b"")
         sink.put(target, 0, torch.ones(1500, dtype=torch.uint8))
+        assert early_began.wait(30)
         sink.close(target)
         assert all_finished(sink, 1)["f"].bytes == 1500
     assert len(calls) == 2

@@ -60,5 +60,5 @@ def test_a_disk_that_is_full_when_a_run_is_kept(script):
     script(default=[{"rounds": [1.0]}])
     done = script.run("nvfp4")
     assert done.ret == pytest.ExitCode.TESTS_FAILED
-    done.stdout.fnmatch_lines(["*/runs/nvfp4-1*json: cannot be written: No space left on device", "  mend: free *"])
+    done.stdout.fnmatch_lines(["*/runs/nvfp4-1*: cannot be written: No space left on device", "  mend: free *"])
     assert "Traceback" not in done.stdout.str()

@@ -54,6 +54,8 @@ def ensure_model_set(
     Returns notes on what was written anew and why; none for a set that was simply not there yet. Raises `CatalogError`
     for a file the set does not have and `CheckpointError` when it cannot be written.
     """
+    # Two caches may share one set by a link: one folder, one lock.
+    root = root.resolve()
     paths = [*first_paths(files), *TOKENIZER_FILES]
     with _locked(root, say):
         unsound, notes = _unsound(name, dims, root, paths)
@@ -94,8 +96,6 @@ def _remove_leftovers(root: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(root: Path, say: Callable[[str], None]) -> Iterator[None]:
-    # Two caches may share one set by a link.
-    root = root.resolve()
     path = root.with_name(f".{root.name}.lock")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
