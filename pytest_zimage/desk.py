@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from pytest_zimage.catalog import Prompt, PromptSet, Variant
 from pytest_zimage.engines.base import RunPlan
 from pytest_zimage.engines.protocol import DrawImages, DrawnImage
 from pytest_zimage.errors import CatalogError, ZImageError
-from pytest_zimage.imaging import Shelf, open_shelf
+from pytest_zimage.imaging import Shelf, image_size, open_shelf
 from pytest_zimage.quality.client import Judge
 from pytest_zimage.quality.controls import ControlOutcome, judge_controls
 from pytest_zimage.quality.limits import load_limits
@@ -110,11 +110,11 @@ class QualityDesk:
             self._shelf_of(variant).keep(drawn)
         else:
             drawn = self._draw(variant, self._pairs(self.seeds_at_once), f"{variant.name}-0")
-        known = {(image.prompt, image.seed): image for image in drawn}
+        known = _by_pair(drawn)
         wanted = self._pairs(more)
         if further := [(prompt, seed) for prompt, seed in wanted if (prompt.name, seed) not in known]:
             late = self._draw(variant, further, f"{variant.name}-{more}")
-            known |= {(image.prompt, image.seed): image for image in late}
+            known |= _by_pair(late)
         return tuple(known[prompt.name, seed] for prompt, seed in wanted)
 
     @property
@@ -144,7 +144,7 @@ class QualityDesk:
 
     def scores(self, variant: Variant, more: int = 0) -> tuple[ImageScore, ...]:
         """What the judge says of each image; held against bf16's."""
-        references = {(image.prompt, image.seed): image for image in self.references(more)}
+        references = _by_pair(self.references(more))
         item = self._items(variant)
         items = [item(image, references[image.prompt, image.seed]) for image in self.images(variant, more)]
         with self._session.reporting("quality judge") as progress:
@@ -159,9 +159,11 @@ class QualityDesk:
         Does nothing where drawing is the CPU's own work, and where the bf16 images would have to be drawn first.
         """
         session = self._session
+        if session.machine.torch_device == "cpu":
+            return lambda image: None
         itself = variant.name == REFERENCE and not session.injection.quality
         known = {} if itself else self._references_at_hand()
-        if session.machine.torch_device == "cpu" or known is None:
+        if known is None:
             return lambda image: None
         item = self._items(variant)
         waiting: list[Item] = []
@@ -184,12 +186,12 @@ class QualityDesk:
         variant = session.catalog.variant(REFERENCE)
         runs = [] if session.injection.quality else session.book.recorded(REFERENCE)
         images = runs[0].images if runs else self._shelf_of(variant, clean=True).find(self._pairs(0))
-        return {(image.prompt, image.seed): image for image in images} if images else None
+        return _by_pair(images) if images else None
 
     def _items(self, variant: Variant) -> Callable[[DrawnImage, DrawnImage], Item]:
         """Makes what the judge is asked of an image of `variant` and its reference."""
         texts = {prompt.name: prompt.text for prompt in self.prompts.prompts}
-        size = self.prompts.width or self._session.workload.width, self.prompts.height or self._session.workload.height
+        size = image_size(self.prompts, self._session.workload)
 
         def item(image: DrawnImage, reference: DrawnImage) -> Item:
             return Item(
@@ -278,6 +280,10 @@ class QualityDesk:
             images = self._session.book.images(name, lambda: self._session.engine.draw(plan, progress), progress)
         shelf.keep(images)
         return images
+
+
+def _by_pair(images: Iterable[DrawnImage]) -> dict[tuple[str, int], DrawnImage]:
+    return {(image.prompt, image.seed): image for image in images}
 
 
 def problems(scored: Sequence[ImageScore]) -> list[str]:

@@ -64,6 +64,11 @@ class Shelf(Struct, frozen=True):
         return json.decode(path.read_bytes(), type=list[DrawnImage]) if path.is_file() else []
 
 
+def image_size(prompts: PromptSet, workload: Workload) -> tuple[int, int]:
+    """Width and height of an image of `prompts`, which may leave them to the workload."""
+    return prompts.width or workload.width, prompts.height or workload.height
+
+
 def open_shelf(
     images: Path,
     variant: Variant,
@@ -73,7 +78,7 @@ def open_shelf(
     fault: str,
 ) -> Shelf:
     """The shelf of `variant` in this build; `environment` holds packages, device, weights, `fault` what is injected."""
-    width, height = prompts.width or workload.width, prompts.height or workload.height
+    width, height = image_size(prompts, workload)
     decides = {key: value for key, value in environment.items() if key in _DECIDES or key.startswith("weights.")}
     said = structs.replace(workload, prompt="", seed=0, title="", width=width, height=height)
     texts = {prompt.name: prompt.text for prompt in prompts.prompts}

@@ -24,4 +24,4 @@ def latents(loaded, steps: int = 2) -> torch.Tensor:
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+    return float((found.double() - expected.double()).norm() / expected.double().norm())

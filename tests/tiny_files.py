@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import drawing
 import torch
+from drawing import relative as relative
 from msgspec import structs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -58,25 +60,8 @@ def engine(name: str, workload: str = "turbo-tiny", **changed) -> DiffusersEngin
 
 
 def latents(loaded: LoadedPipeline, steps: int = 8) -> torch.Tensor:
-    """What the pipeline draws from fixed noise and a fixed embedding."""
-    generator = torch.Generator().manual_seed(7)
-    width = DIMS.transformer["cap_feat_dim"]
-    with torch.inference_mode():
-        return loaded.pipeline(
-            prompt_embeds=[torch.randn(21, width, generator=generator).to(loaded.pipeline.transformer.dtype)],
-            latents=torch.randn(1, 16, 16, 16, generator=generator),
-            height=128,
-            width=128,
-            num_inference_steps=steps,
-            sigmas=[1 - i / steps for i in range(steps)],
-            guidance_scale=0.0,
-            output_type="latent",
-            return_dict=False,
-        )[0]
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    """What the pipeline draws from fixed noise in as many steps as the published workload has."""
+    return drawing.latents(loaded, steps)
 
 
 def altered(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> Path:
