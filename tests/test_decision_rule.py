@@ -95,7 +95,7 @@ def test_wider_of_relative_and_absolute_band_counts():
 
 def test_band_of_the_baseline_outranks_the_devices_which_outranks_the_metrics():
     assert RuleConstants.of(WARM, device=CATALOG.device("gb10")).band == 0.03
-    assert RuleConstants.of(WARM, device=CATALOG.device("h200")).band == 0.02
+    assert RuleConstants.of(WARM, device=CATALOG.device("b200")).band == 0.02
     assert RuleConstants.of(WARM, device=CATALOG.device("h200"), band=0.05).band == 0.05
 
 

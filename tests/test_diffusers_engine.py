@@ -132,7 +132,7 @@ def test_embedding_is_the_one_diffusers_pipeline_makes(engine) -> None:
     """Unpadded here, padded and masked there: equal but for the rounding of another matrix size."""
     loaded = engine()._loaded
     with torch.inference_mode():
-        ours = loaded._encode("a small dog")
+        ours = loaded._encode("a small dog", replay=False)
         theirs = loaded.pipeline.encode_prompt("a small dog", device="cpu", do_classifier_free_guidance=False)[0][0]
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2)
@@ -151,7 +151,7 @@ def test_every_forward_runs_under_inference_mode(engine) -> None:
     """Under `no_grad` comfy-kitchen silently dequantises an NVFP4 layer that has a bias."""
     loaded = engine()
     pipeline, modes = loaded._loaded.pipeline, []
-    for network in (pipeline.transformer, pipeline.text_encoder, pipeline.vae.decoder):
+    for network in (pipeline.transformer, pipeline.text_encoder.embed_tokens, pipeline.vae.decoder):
         network.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
     loaded.draw(Draw(1), silent)
     assert modes == [True] * 10

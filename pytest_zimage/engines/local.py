@@ -97,7 +97,7 @@ class LocalEngine(Engine):
             rss_idle_bytes=hello.rss_idle_bytes,
             loaded=loaded,
             disk_bytes=sum(path.stat().st_size for path in files),
-            environment={**plan.environment, **hello.environment},
+            environment={**plan.environment, **hello.environment, "text_encoding": traced.text_encoding},
             inject=plan.inject,
             fitness=fitness,
             dispatch=traced.dispatch,

@@ -189,6 +189,8 @@ class Traced(Struct, frozen=True, tag=True):
     """Calls by `operation: backend`, and by `linear: precision` for the linears."""
     dequantised: dict[str, int] = {}
     """Calls by layer, for layers that compute quantised and dequantised instead."""
+    text_encoding: str = ""
+    """How prompts are encoded from here on."""
 
 
 class Reported(Struct, frozen=True, tag=True):
