@@ -78,7 +78,7 @@ def _explained(
         variant,
         metric,
         judgement,
-        value=samples[0].exact if exact else judgement.value or centre(samples),
+        value=samples[0].exact if exact else _value(judgement, samples),
         baseline=found.metric.exact if exact and isinstance(found, Found) else judgement.baseline,
         samples=tuple(sample.rounds for sample in samples if sample.rounds),
         notes=(
@@ -92,6 +92,13 @@ def _explained(
         injected=bool(session.injection),
         reference=published_note(session, variant, metric) if isinstance(found, Absent) else "",
     )
+
+
+def _value(judgement: Judgement, samples: list[Sample]) -> float:
+    """As measured, whatever it was compared at."""
+    if judgement.value is None or judgement.speed is not None:
+        return centre(samples)
+    return judgement.value
 
 
 def _to_explain(judgement: Judgement) -> bool:

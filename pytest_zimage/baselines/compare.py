@@ -8,6 +8,7 @@ from statistics import median
 
 from msgspec import structs
 
+from pytest_zimage.baselines.equal_speed import at_equal_speed, relative_speed
 from pytest_zimage.baselines.schema import BaseRun, MetricBaseline, Published
 from pytest_zimage.baselines.store import Found, Neighbours
 from pytest_zimage.catalog.model import DeviceClass, Metric
@@ -53,7 +54,13 @@ def compare(
         note = f"the page cache {ours} emptied before the fresh runs and {theirs} before the baseline's"
         return Judgement(outcome="unfit", k_new=len(samples), notes=(note,))
     constants = _constants(metric, stored, device, emptied, neighbours, max_runs)
-    verdict = judge([sample.rounds for sample in samples], base, constants)
+    runs = [run for run in stored.runs if run.emptied == emptied]
+    level = at_equal_speed(samples, runs)
+    if level is None or stored.published is not None:
+        verdict = judge([sample.rounds for sample in samples], base, constants)
+    else:
+        verdict = judge(level, at_equal_speed(runs) or base, constants)
+        verdict = structs.replace(verdict, speed=relative_speed(samples, runs))
     return structs.replace(verdict, notes=(*verdict.notes, *(neighbours.notes if neighbours else ())))
 
 
@@ -160,6 +167,12 @@ def _rounds(runs: Sequence[BaseRun], emptied: bool | None) -> list[Sequence[floa
     return [run.rounds for run in runs if run.emptied == emptied]
 
 
+def _level_rounds(runs: Sequence[BaseRun], emptied: bool | None) -> Sequence[Sequence[float]]:
+    """Of runs on several GPUs only what differs beside their speed is noise."""
+    alike = [run for run in runs if run.emptied == emptied]
+    return at_equal_speed(alike) or [run.rounds for run in alike]
+
+
 def _constants(
     metric: Metric,
     stored: MetricBaseline,
@@ -168,7 +181,7 @@ def _constants(
     neighbours: Neighbours | None,
     max_runs: int | None,
 ) -> RuleConstants:
-    others = [_rounds(other.runs, emptied) for other in neighbours.metrics] if neighbours else []
+    others = [_level_rounds(other.runs, emptied) for other in neighbours.metrics] if neighbours else []
     return RuleConstants.of(
         metric,
         device=device,

@@ -89,7 +89,12 @@ def _merge_sampled(current: MetricBaseline | None, fresh: Fresh, mode: Mode) -> 
         earlier = current.runs
     runs = earlier + tuple(
         BaseRun(
-            rounds=sample.rounds, recorded_at=at, emptied=sample.emptied, phases=sample.phases, canary=sample.canary
+            rounds=sample.rounds,
+            recorded_at=at,
+            emptied=sample.emptied,
+            phases=sample.phases,
+            canary=sample.canary,
+            device=sample.device,
         )
         for sample, at in zip(fresh.samples, fresh.recorded_at, strict=True)
     )

@@ -45,6 +45,8 @@ class BaseRun(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
     """Mean seconds by phase, where the metric has phases."""
     canary: CanaryFigures | None = None
     """How fast the device was around the rounds, where it was timed."""
+    device: str = ""
+    """Which GPU of its kind, as `device_id` of the environment has it; empty: not known."""
 
 
 class Published(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import Struct, structs
 
+from pytest_zimage.baselines.equal_speed import at_equal_speed
 from pytest_zimage.baselines.layers import PORTABLE, Layer, layer_key
 from pytest_zimage.baselines.merging import (
     Action,
@@ -80,7 +81,8 @@ def outlying_runs(measured: Sequence[Measured], catalog: Catalog) -> dict[str, d
         for one in measured:
             samples = _samples(one, name) if name in one.metrics else []
             if isinstance(samples, list) and samples and not any(sample.unavailable for sample in samples):
-                rounds[one.key.variant] = [sample.rounds for sample in samples]
+                # A slower GPU among them is no outlier.
+                rounds[one.key.variant] = at_equal_speed(samples) or [sample.rounds for sample in samples]
         again = {one.key.variant: one.remeasured for one in measured}
         for variant, positions in runs_to_remeasure(rounds, metric).items():
             for position in positions:

@@ -66,6 +66,8 @@ def session_environment(rootdir: Path, machine: Machine | None = None) -> dict[s
     }
     if machine is not None:
         found |= {"device_class": machine.device_class.name, "device": machine.name}
+        if machine.uuid:
+            found["device_id"] = hashlib.sha256(machine.uuid.encode()).hexdigest()[:12]
         if machine.driver:
             found["driver"] = machine.driver
         if machine.capability:

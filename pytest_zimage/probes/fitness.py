@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from statistics import fmean
 
 from msgspec import Struct
 
@@ -94,11 +93,11 @@ class Fitness(Struct, frozen=True, kw_only=True):
         yield from (reading for reading in (self.before, self.during, self.after) if reading is not None)
 
     def canary(self) -> CanaryFigures:
-        """The mean of before and after, as a baseline stores it."""
+        """The better of before and after, as a baseline stores it: what disturbs one only ever makes it slower."""
         seen = [reading.canary for reading in (self.before, self.after) if reading is not None]
         return CanaryFigures(
-            matmul_tflops=_mean(figures.matmul_tflops for figures in seen),
-            copy_gb_s=_mean(figures.copy_gb_s for figures in seen),
+            matmul_tflops=_best(figures.matmul_tflops for figures in seen),
+            copy_gb_s=_best(figures.copy_gb_s for figures in seen),
         )
 
     def throttles(self) -> tuple[str, ...]:
@@ -186,6 +185,6 @@ def _percent(ratio: float) -> str:
     return f"{ratio * 100:+.0f} %"
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def _best(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+    return max(known, default=None)

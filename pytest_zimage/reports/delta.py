@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Sequence
 
 from pytest_zimage.reports import commands, units
-from pytest_zimage.reports.machine import throughput
+from pytest_zimage.reports.machine import speed_text
 from pytest_zimage.reports.phases import phase_lines
 from pytest_zimage.verdict.model import Verdict
 
@@ -52,7 +52,7 @@ def delta_text(verdict: Verdict, title: str = "", options: Sequence[str] = ()) -
     `title` is the metric's own; `options` are this session's command line options that its commands must repeat.
     """
     first = headline(verdict, title)
-    speed = throughput(verdict)
+    speed = speed_text(verdict)
     if verdict.outcome == "pass" and not verdict.injected:
         return f"{first}\n  speed       {speed}" if speed else first
     lines = [first, *_explained(verdict)]

@@ -80,6 +80,15 @@ def throughput(verdict: Verdict) -> str:
     return text
 
 
+def equal_speed(verdict: Verdict) -> str:
+    """What is meant by the change, where it is between GPUs that are not equally fast."""
+    if verdict.speed is None or not isinstance(verdict.value, float | int):
+        return ""
+    much = f"{units.percent(abs(verdict.speed - 1)).lstrip('+')} {'faster' if verdict.speed > 1 else 'slower'}"
+    level = units.value(verdict.value * verdict.speed, verdict.unit)
+    return f"another GPU than recorded, multiplying {much}: compared at equal speed, as {level}"
+
+
 def unfit_lines(verdicts: Sequence[Verdict]) -> list[str]:
     """A line for each way in which the machine was not fit, and what was timed meanwhile."""
     told: dict[str, list[str]] = {}
@@ -91,9 +100,14 @@ def unfit_lines(verdicts: Sequence[Verdict]) -> list[str]:
 
 def throughput_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
     """A line for each latency that has one, the variants one below the other."""
-    told = {verdict.variant: text for verdict in verdicts if (text := throughput(verdict))}
+    told = {verdict.variant: text for verdict in verdicts if (text := speed_text(verdict))}
     width = max(map(len, told), default=0)
     return (f"  {variant:<{width}}  {text}" for variant, text in told.items())
+
+
+def speed_text(verdict: Verdict) -> str:
+    """`throughput` and `equal_speed` in one line."""
+    return "; ".join(filter(None, (throughput(verdict), equal_speed(verdict))))
 
 
 def _scaled(number: float) -> str:

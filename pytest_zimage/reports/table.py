@@ -25,7 +25,7 @@ _MARKS: dict[Outcome, str] = {
     "seen": " ",
     "pass": " ",
 }
-_LEGEND = {"!": "! failed", "?": "? not judged", "+": "+ better", "*": "* injected"}
+_LEGEND = {"!": "! failed", "?": "? not judged", "+": "+ better", "*": "* injected", "~": "~ GPUs at equal speed"}
 _DROPPED_FIRST = ("noise", "finds", "95 % interval", "band", "baseline")
 _LEFT = ("variant", "metric", "verdict", "")
 _OWN_SCALE = ("score", "dB")
@@ -77,6 +77,7 @@ def claim_lines(verdicts: Sequence[Verdict]) -> list[str]:
 def legend_line(verdicts: Sequence[Verdict]) -> str:
     """What the marks in the table mean, those that are there; empty where all is well."""
     marks = {_MARKS[verdict.outcome] for verdict in verdicts} | {"*" for verdict in verdicts if verdict.injected}
+    marks |= {"~" for verdict in verdicts if verdict.speed is not None}
     return "   ".join(text for mark, text in _LEGEND.items() if mark in marks)
 
 
@@ -163,7 +164,7 @@ def _change(verdict: Verdict) -> str:
     if verdict.outcome == "changed":
         parts = len(units.differences(verdict.baseline, verdict.value, verdict.unit))
         return f"{parts} differ" + ("s" if parts == 1 else "")
-    return units.change(verdict.change, verdict.scale, verdict.unit)
+    return units.change(verdict.change, verdict.scale, verdict.unit) + ("~" if verdict.speed is not None else "")
 
 
 def _update_change(row: UpdateResult) -> str:

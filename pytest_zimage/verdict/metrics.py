@@ -12,6 +12,9 @@ from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import MeasurementError
 from pytest_zimage.probes.fitness import CanaryFigures
 
+DEVICE_ID = "device_id"
+"""Key of the environment: which GPU of its kind this is."""
+
 
 class Sample(Struct, frozen=True, kw_only=True):
     """What one run says about one metric: rounds or an exact value, or neither and why."""
@@ -25,6 +28,8 @@ class Sample(Struct, frozen=True, kw_only=True):
     """Cold load only: whether the page cache was empty. Runs are compared only with runs of the same kind."""
     canary: CanaryFigures | None = None
     """How fast the device was around the rounds, where it was timed."""
+    device: str = ""
+    """Which GPU of its kind took the rounds; empty where there is none, or it is not known."""
     unavailable: str = ""
     """Why this engine or machine cannot say; then there is neither rounds nor an exact value."""
 
@@ -54,7 +59,8 @@ def _warm_latency(record: RunRecord) -> Sample:
     }
     times = tuple(_positive(record, "warm_latency", round_.seconds) for round_ in rounds)
     canary = record.fitness.canary() if record.fitness else CanaryFigures()
-    return Sample(rounds=times, phases=phases, canary=canary if canary != CanaryFigures() else None)
+    timed = canary if canary != CanaryFigures() else None
+    return Sample(rounds=times, phases=phases, canary=timed, device=record.environment.get(DEVICE_ID, ""))
 
 
 def _cold_load(record: RunRecord) -> Sample:

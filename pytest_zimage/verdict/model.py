@@ -43,6 +43,9 @@ class Judgement(Struct, frozen=True, kw_only=True):
     """True while another fresh run, or further seeds, could settle it."""
     notes: tuple[str, ...] = ()
     scale: Scale = "relative"
+    speed: float | None = None
+    """How fast the GPUs of the new runs multiply, those of the baseline being 1, where they are others: it is taken out
+    of `value`, `change` and `noise`. None: compared as they are."""
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
@@ -86,5 +89,8 @@ class Verdict(Struct, frozen=True, kw_only=True):
     scale: Scale = "relative"
     """Of change, interval, band, noise and mde: `relative` are ratios, `absolute` is the metric's own unit, and what
     k_base and k_new count are then pairs of images."""
+    speed: float | None = None
+    """How fast this GPU multiplies, those of the baseline being 1, where they are others: `change`, `interval` and
+    `noise` are then at equal speed, `value` and `samples` as measured."""
     claim: str = ""
     """The published claim that this is about, with its source; `baseline` is then what the claim expects here."""

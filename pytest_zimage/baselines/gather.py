@@ -1,0 +1,124 @@
+"""One baseline from the results files of several sessions, such as those of several machines of a class.
+
+    python -m pytest_zimage.baselines.gather RESULTS.json ... --baselines baselines --reason "three H200"
+
+A device class has one baseline for all its machines, so it is best recorded on more than one: each measures with
+`pytest suites`, and their results files come together here. The same is refused as with `--update-baselines`, but run
+by run: one that the machine was not fit for, or that lies far out, is left out and told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import get_args
+
+from msgspec import structs
+
+from pytest_zimage.baselines.merging import Mode
+from pytest_zimage.baselines.schema import Key
+from pytest_zimage.baselines.store import BaselineStore
+from pytest_zimage.baselines.update import Measured, UpdateResult, outlying_runs, update_baselines
+from pytest_zimage.catalog import Catalog, load_catalog
+from pytest_zimage.engines.record import RunRecord
+from pytest_zimage.errors import MeasurementError, ZImageError
+from pytest_zimage.probes.environment import machine_fingerprint
+from pytest_zimage.reports.results import from_json
+from pytest_zimage.reports.table import update_table
+from pytest_zimage.verdict.metrics import measurable
+
+
+def gathered(runs: Iterable[RunRecord]) -> dict[Key, tuple[RunRecord, ...]]:
+    """Runs by what they are of, as they began. Raises `MeasurementError` for one of no known class."""
+    found: dict[Key, list[RunRecord]] = {}
+    for run in runs:
+        device = run.environment.get("device_class", "")
+        if not device:
+            raise MeasurementError(
+                f"run {run.index + 1} of {run.variant} does not say its device class", mend="measure it again"
+            )
+        key = Key(device=device, engine=run.engine, model_set=run.model_set, workload=run.workload, variant=run.variant)
+        found.setdefault(key, []).append(run)
+    return {key: tuple(sorted(of, key=lambda run: run.started_at)) for key, of in found.items()}
+
+
+def unfit(run: RunRecord) -> tuple[str, ...]:
+    """Why the machine was not fit for this run, for its load or its rounds."""
+    seen = (run.cold.fitness, run.fitness)
+    return tuple(dict.fromkeys(reason for fitness in seen if fitness is not None for reason in fitness.reasons))
+
+
+def fit_runs(by_key: dict[Key, tuple[RunRecord, ...]], catalog: Catalog, told: list[str]) -> list[Measured]:
+    """What may be recorded; each run that may not be joins `told`, with the reason."""
+    measured = []
+    for key, runs in by_key.items():
+        fit = []
+        for run in runs:
+            if why := unfit(run):
+                told.append(f"left out: {_named(run)}: {why[0]}")
+            else:
+                fit.append(run)
+        rounds = max((len(run.rounds) for run in fit), default=0)
+        measured.append(Measured(key=key, runs=tuple(fit), metrics=measurable(), rounds_asked=rounds))
+    far = outlying_runs(measured, catalog)
+    for index, one in enumerate(measured):
+        positions = far.get(one.key.variant, {})
+        for position, metrics in positions.items():
+            told.append(f"left out: {_named(one.runs[position])}: {', '.join(metrics)} far from the others'")
+        kept = tuple(run for position, run in enumerate(one.runs) if position not in positions)
+        measured[index] = structs.replace(one, runs=kept, remeasured=frozenset(range(len(kept))))
+    return measured
+
+
+def _named(run: RunRecord) -> str:
+    return f"{run.variant} of {run.started_at}"
+
+
+def gather(
+    files: Sequence[Path], store: BaselineStore, catalog: Catalog, *, mode: Mode, reason: str, told: list[str]
+) -> list[UpdateResult]:
+    """Record the runs of results `files`; raises `ZImageError` for a file that is none."""
+    runs: list[RunRecord] = []
+    for path in files:
+        try:
+            runs += from_json(path.read_bytes()).runs
+        except OSError as error:
+            raise ZImageError(f"{path}: cannot be read: {error.strerror}", mend="name a results file") from error
+        except ZImageError as error:
+            raise ZImageError(f"{path}: {error.message}", mend=error.mend) from error
+    return update_baselines(
+        store,
+        catalog,
+        fit_runs(gathered(runs), catalog, told),
+        mode=mode,
+        reason=reason,
+        recorded_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="record one baseline from the results of several sessions")
+    parser.add_argument("results", type=Path, nargs="+", help="results files of `pytest suites`")
+    parser.add_argument("--baselines", type=Path, required=True, help="folder of the stored baselines")
+    parser.add_argument("--reason", required=True, help="why the numbers change")
+    parser.add_argument("--mode", choices=get_args(Mode), default="replace")
+    parser.add_argument("--catalog", type=Path, action="append", default=[], help="a TOML file of your own")
+    options = parser.parse_args(arguments)
+    told: list[str] = []
+    try:
+        catalog = load_catalog(options.catalog)
+        local = options.baselines.parent / ".zimage" / "baselines"
+        store = BaselineStore(options.baselines, local, catalog=catalog, machine=machine_fingerprint())
+        results = gather(options.results, store, catalog, mode=options.mode, reason=options.reason, told=told)
+    except ZImageError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("\n".join([*told, update_table(results)]))
+    return int(any(result.action == "refused" for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Between GPUs of one kind a latency is compared at equal speed of a matrix product; on one GPU as it is."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec import structs
+
+from pytest_zimage.baselines.compare import compare
+from pytest_zimage.baselines.equal_speed import at_equal_speed
+from pytest_zimage.baselines.schema import BaseRun, MetricBaseline
+from pytest_zimage.catalog import load_catalog
+from pytest_zimage.probes.fitness import CanaryFigures
+from pytest_zimage.verdict.metrics import Sample
+
+CATALOG = load_catalog()
+H200 = CATALOG.device("h200")
+WARM = CATALOG.metrics["warm_latency"]
+QUIET = (0.999, 1.001, 1.000, 1.002, 0.998)
+
+
+def runs(speed: float, device: str, slow: float = 1.0) -> list[BaseRun]:
+    """Five runs of a GPU that multiplies at `speed` times 800 TFLOP/s; its images take as much longer."""
+    canary = CanaryFigures(matmul_tflops=800 * speed)
+    return [
+        BaseRun(rounds=(seconds * slow / speed,) * 3, recorded_at="2026-01-01", canary=canary, device=device)
+        for seconds in QUIET
+    ]
+
+
+def samples(speed: float, device: str, slow: float = 1.0) -> list[Sample]:
+    return [Sample(rounds=run.rounds, canary=run.canary, device=run.device) for run in runs(speed, device, slow)[:3]]
+
+
+def judged(new: list[Sample], base: list[BaseRun]):
+    return compare(WARM, new, MetricBaseline(unit="s", runs=tuple(base)), device=H200)
+
+
+def test_a_slower_gpu_of_the_kind_is_no_regression():
+    found = judged(samples(0.96, "b"), runs(1.0, "a"))
+    assert (found.outcome, round(found.speed, 3)) == ("pass", 0.96)
+    assert abs(found.change) < 0.002
+
+
+def test_a_regression_on_a_faster_gpu_is_one():
+    """As measured it would be 0.2 % faster than recorded."""
+    found = judged(samples(1.052, "b", slow=1.05), runs(1.0, "a"))
+    assert found.outcome == "regression"
+    assert found.change == pytest.approx(0.05, abs=0.002)
+
+
+def test_on_the_gpu_that_recorded_it_a_loss_of_speed_is_one():
+    """Firmware or heat that slows products and images alike is what the owner of one machine wants to hear of."""
+    found = judged(samples(0.95, "a"), runs(1.0, "a"))
+    assert (found.outcome, found.speed) == ("regression", None)
+
+
+def test_a_baseline_of_two_gpus_is_brought_to_one_speed():
+    base = runs(1.0, "a") + runs(0.96, "b")
+    for new in (samples(0.96, "b"), samples(1.0, "a"), samples(0.98, "c")):
+        found = judged(new, base)
+        assert found.outcome == "pass"
+        assert found.noise < 0.006
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"device": ""}, {"canary": None}, {"canary": CanaryFigures(copy_gb_s=4000.0)}],
+    ids=["gpu", "canary", "matmul"],
+)
+def test_without_knowing_both_sides_they_are_compared_as_they_are(change):
+    new = [structs.replace(sample, **change) for sample in samples(0.95, "b")]
+    found = judged(new, runs(1.0, "a"))
+    assert (found.outcome, found.speed) == ("regression", None)
+    assert judged(samples(0.95, "b"), [structs.replace(run, **change) for run in runs(1.0, "a")]).speed is None
+
+
+def test_rounds_of_one_gpu_are_left_alone():
+    assert at_equal_speed(runs(1.0, "a")) is None
+    level = at_equal_speed(runs(1.0, "a") + runs(0.5, "b"))
+    assert level is not None
+    assert level[0] == pytest.approx(level[5])

@@ -1,0 +1,85 @@
+"""`python -m pytest_zimage.baselines.gather`: one baseline from the results files of several machines."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pytest_zimage.baselines.gather import main
+
+SUITE = """
+def test_warm_latency(zimage):
+    zimage.gate(zimage.warm_latency())
+
+def test_forwards(zimage):
+    zimage.gate(zimage.forwards())
+"""
+H200 = "h200/diffusers-synthetic-tiny-turbo-tiny/bf16.json"
+
+
+@pytest.fixture
+def two_machines(script, results):
+    """Results files of two machines, three runs each; the second GPU is 4 % slower."""
+    script.project.makepyfile(test_suite=SUITE)
+
+    def make(**change):
+        files = []
+        for gpu, speed in (("a", 1.0), ("b", 0.96)):
+            script(default=[{"rounds": [s / speed], "cold": 10 * s} for s in (1.000, 1.004, 0.997)])
+            script.run("bf16", "--zimage-runs=3")
+            data = results()
+            for run in data["runs"]:
+                run["environment"] |= {"device_class": "h200", "device_id": gpu}
+                canary = {"matmul_tflops": 800.0 * speed}
+                run["fitness"] = {"before": {"canary": canary}, "after": {"canary": canary}}
+            data["runs"][-1] |= change.get(gpu, {})
+            path = script.project.path / f"{gpu}.json"
+            path.write_text(json.dumps(data))
+            files.append(str(path))
+        return files
+
+    return make
+
+
+def gather(script, files):
+    folder = script.project.path / "gathered"
+    status = main([*files, "--baselines", str(folder), "--reason", "two machines"])
+    path = folder / H200
+    if not path.is_file():
+        return status, []
+    return status, json.loads(path.read_text())["metrics"].get("warm_latency", {"runs": []})["runs"]
+
+
+def test_runs_of_both_become_one_baseline(script, two_machines, capsys):
+    status, runs = gather(script, two_machines())
+    assert status == 0
+    assert [run["device"] for run in runs] == ["a", "a", "a", "b", "b", "b"]
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_a_run_of_an_unfit_machine_is_left_out_and_told(script, two_machines, capsys):
+    unfit = {"fitness": {"before": {}, "reasons": ["thermal throttle"]}}
+    status, runs = gather(script, two_machines(b=unfit))
+    assert (status, len(runs)) == (0, 5)
+    assert "left out: bf16 of 2026-01-01T00:00:00+00:00: thermal throttle" in capsys.readouterr().out
+
+
+def test_fewer_than_five_fit_runs_are_refused(script, two_machines, capsys):
+    status, runs = gather(script, two_machines()[:1])
+    assert (status, runs) == (1, [])
+    assert "3 of at least 5 runs" in capsys.readouterr().out
+
+
+def test_an_injected_fault_never_becomes_a_baseline(script, two_machines, capsys):
+    status, runs = gather(script, two_machines(a={"inject": {"warm_latency": 0.05}}))
+    assert (status, runs) == (1, [])
+    assert "a fault was injected" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["{}", "not json"])
+def test_what_is_no_results_file_is_told(script, tmp_path, capsys, text):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    assert main([str(path), "--baselines", str(tmp_path), "--reason", "x"]) == 1
+    assert "x.json: not a results file" in capsys.readouterr().err
