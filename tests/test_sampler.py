@@ -16,6 +16,7 @@ from pytest_zimage.engines.sampler import (
     res_multistep_coefficients,
     unshifted_sigmas,
 )
+from pytest_zimage.engines.schedule import is_evenly_spaced
 from pytest_zimage.errors import UnsupportedError
 
 SCHEDULE = [1, 0.954545, 0.9, 0.833333, 0.75, 0.642857, 0.5, 0.3, 0]
@@ -77,6 +78,34 @@ def test_schedule_is_comfyuis_simple_with_shift_three(workload) -> None:
     scheduler.set_timesteps(sigmas=unshifted_sigmas(workload))
     assert scheduler.sigmas.tolist() == pytest.approx(SCHEDULE, abs=5e-7)
     assert scheduler.timesteps.tolist() == pytest.approx([1000 * sigma for sigma in SCHEDULE[:-1]], abs=5e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 5, 8, 10, 20])
+def test_steps_that_divide_a_thousand_are_evenly_spaced_to_the_bit(workload, steps) -> None:
+    """What is recorded was drawn with eight: not a bit of it may change."""
+    assert unshifted_sigmas(msgspec.structs.replace(workload, steps=steps)) == [1 - i / steps for i in range(steps)]
+    assert is_evenly_spaced(steps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "levels"),
+    [
+        # int(i * 111.11...): 0, 111, 222, 333, 444, 555, 666, 777, 888 entries below the top of 1000.
+        (9, [1.0, 0.889, 0.778, 0.667, 0.556, 0.445, 0.334, 0.223, 0.112]),
+        # int(i * 35.714...): 0, 35, 71, 107, 142, 178, 214, 250, 285, 321, ...
+        (28, [1.0, 0.965, 0.929, 0.893, 0.858, 0.822, 0.786, 0.75, 0.715, 0.679]),
+    ],
+)
+def test_other_steps_come_from_comfyuis_table_of_a_thousand(workload, steps, levels) -> None:
+    workload = msgspec.structs.replace(workload, steps=steps, sampler="euler")
+    found = unshifted_sigmas(workload)
+    assert len(found) == steps
+    assert found[: len(levels)] == pytest.approx(levels, abs=1e-12)
+    assert not is_evenly_spaced(steps)
+    scheduler = build_scheduler(workload)
+    scheduler.set_timesteps(sigmas=found)
+    shifted = [3 * level / (1 + 2 * level) for level in levels]
+    assert scheduler.sigmas.tolist()[: len(levels)] == pytest.approx(shifted, abs=1e-6)
 
 
 def test_coefficients_are_those_of_the_table() -> None:

@@ -20,6 +20,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 
 from pytest_zimage.catalog.model import Workload
+from pytest_zimage.engines.schedule import simple_levels
 from pytest_zimage.errors import UnsupportedError
 
 
@@ -110,5 +111,5 @@ def build_scheduler(workload: Workload) -> FlowMatchEulerDiscreteScheduler:
 
 
 def unshifted_sigmas(workload: Workload) -> list[float]:
-    """The `simple` schedule before the shift, which the scheduler applies: 1, 1-1/n, ..., 1/n."""
-    return [1 - i / workload.steps for i in range(workload.steps)]
+    """The `simple` schedule before the shift, which the scheduler applies."""
+    return simple_levels(workload.steps)
