@@ -1,0 +1,1 @@
+"""A ComfyUI server as an engine: its workflow, its messages, its cache."""
