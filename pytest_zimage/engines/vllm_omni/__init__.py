@@ -1,0 +1,1 @@
+"""A vLLM-Omni server as an engine."""
