@@ -11,11 +11,11 @@ import pytest
 
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import ZImageError
-from pytest_zimage.probes.environment import UNRECORDED, slow_kitchen
+from pytest_zimage.notes import session_notes
 from pytest_zimage.reports import results as results_file
 from pytest_zimage.reports.results import ErrorRow, Results
 from pytest_zimage.reports.table import update_table, verdict_table
-from pytest_zimage.runbook import missing_from, runs_in
+from pytest_zimage.runbook import runs_in
 from pytest_zimage.session import ZImageSession, start
 from pytest_zimage.stash import SESSION
 from pytest_zimage.xdist import is_worker, place_of
@@ -131,7 +131,8 @@ def _written(ours: ZImageSession) -> list[str]:
 def _part(ours: ZImageSession) -> Results:
     place = place_of(ours.config)
     made = _runs(ours) if place is None or place.apart else ()
-    environment = {**ours.environment, **(made[0].environment if made else {})}
+    # The packages here may not be those that drew; a run says which were.
+    environment = made[0].environment if made else ours.environment
     return Results(
         started_at=ours.started_at.isoformat(timespec="seconds"),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -141,7 +142,7 @@ def _part(ours: ZImageSession) -> Results:
         errors=tuple(ours.errors),
         runs=made,
         updates=tuple(ours.updates),
-        notes=tuple(dict.fromkeys((*ours.notes, *_notes(ours, environment)))),
+        notes=tuple(dict.fromkeys((*ours.notes, *session_notes(ours, environment, made)))),
     )
 
 
@@ -149,42 +150,6 @@ def _runs(ours: ZImageSession) -> tuple[RunRecord, ...]:
     """Every run of the session: in its folder, and from workers whose folder cannot be read from here."""
     here = runs_in(ours.runs_folder)
     return (*here, *(run for run in ours.received if run not in here))
-
-
-def _notes(ours: ZImageSession, environment: dict[str, str]) -> tuple[str, ...]:
-    """What no single verdict would tell, because all of them may pass with it."""
-    models = dict.fromkeys(verdict.environment_changed.get("device") for verdict in ours.verdicts)
-    others = [
-        f"baselines were recorded on {old}, this is {new}: another GPU of the device class"
-        for old, new in filter(None, models)
-        if old != UNRECORDED
-    ]
-    return tuple(filter(None, [slow_kitchen(environment), *others, *_elsewhere(ours), *_crowd(ours), *_missing(ours)]))
-
-
-def _elsewhere(ours: ZImageSession) -> tuple[str, ...]:
-    """Variants that were asked for by name, glob or tag and that this lane has no place for."""
-    if not ours.settings.config or "machine" not in vars(ours):
-        return ()
-    lane = ours.machine.device_class.name
-    left_out = [v for v in ours.catalog.select(ours.settings.config) if v.lanes and lane not in v.lanes]
-    return tuple(
-        f"{v.name} was asked for and does not run on {lane}: its lanes are {', '.join(v.lanes)}" for v in left_out
-    )
-
-
-def _crowd(ours: ZImageSession) -> tuple[str, ...]:
-    place = place_of(ours.config)
-    if place is None or "machine" not in vars(ours) or not 0 < ours.machine.visible < place.workers:
-        return ()
-    gpus = f"{ours.machine.visible} GPU" + ("s" if ours.machine.visible > 1 else "")
-    return (f"{place.workers} workers share {gpus} and wait for each other: -n {ours.machine.visible} is as fast",)
-
-
-def _missing(ours: ZImageSession) -> tuple[str, ...]:
-    # A worker cannot tell what is missing from what the others are still making.
-    missing = [] if is_worker(ours.config) else missing_from(ours.runs_folder)
-    return tuple(f"{what} is missing: the process that made it is gone" for what in missing)
 
 
 def _plain(value: Any) -> Any:

@@ -19,9 +19,10 @@ def check_settings(config: pytest.Config) -> None:
     _refuse_folder_taken_for_tests(config)
     session = start(config)
     try:
-        session.variants()
+        variants = session.variants()
         session.workload  # noqa: B018
-        session.engine  # noqa: B018
+        for engine in filter(None, (session.engine, session.other_engine)):
+            engine.refuse_choice(variants)
     except ZImageError as error:
         raise pytest.UsageError(str(error)) from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,7 +14,9 @@ from pytest_zimage.errors import BaselineError, ZImageError
 from pytest_zimage.judging import judge_metric
 from pytest_zimage.judging_dispatch import DISPATCH, QUANTISED, judge_quantised
 from pytest_zimage.judging_memory import HELD, RETURNED, judge_held, judge_returned, unsaid
+from pytest_zimage.judging_parity import PARITY, judge_parity
 from pytest_zimage.judging_quality import DRIFT, SOUND, judge_drift, judge_images, judge_quality, record_quality
+from pytest_zimage.judging_twins import emulation
 from pytest_zimage.recording import REFUSED, record_metrics
 from pytest_zimage.reports.benchmark_bridge import replay
 from pytest_zimage.reports.delta import delta_text, headline
@@ -27,6 +29,7 @@ _LIMITS: dict[str, Callable[[ZImageSession, str, Variant], Verdict]] = {
     RETURNED: judge_returned,
     HELD: judge_held,
     QUANTISED: judge_quantised,
+    PARITY: judge_parity,
 }
 """Checks against a limit: judged also where baselines are recorded."""
 
@@ -87,6 +90,13 @@ class ZImage:
         """
         return self.measure("device_peak")
 
+    def gpu_process_peak(self) -> Measurement:
+        """Highest device memory of the process, as nvidia-smi lists it, bytes: with its context.
+
+        Skips the test where NVML does not say, as on the CPU and on some devices with unified memory.
+        """
+        return self.measure("gpu_process_peak")
+
     def memory_held(self) -> Measurement:
         """Whether the device holds the weights once, and its peak is they and what drawing takes. Skips as the next."""
         return self._unless_unsaid(HELD)
@@ -115,8 +125,12 @@ class ZImage:
         return self.measure(DISPATCH)
 
     def quantised_layers(self) -> Measurement:
-        """Whether what says it computes quantised does. Skips the test where the engine does not trace."""
-        self.measure(DISPATCH)
+        """Whether what says it computes quantised does: by the trace, or else by the images of the variant's twin.
+
+        Skips the test where there is neither.
+        """
+        if self.record.dispatch is not None or not self.variant.twin:
+            self.measure(DISPATCH, (f"{self.variant.name} names no twin", *emulation(self.record)))
         return Measurement(QUANTISED)
 
     def forwards(self) -> Measurement:
@@ -132,7 +146,7 @@ class ZImage:
         return Measurement("clip_score")
 
     def lpips(self) -> Measurement:
-        """Perceptual distance to the bf16 image of the same prompt and seed, made in the same build."""
+        """Perceptual distance to the reference's image of the same prompt and seed, made in the same build."""
         return Measurement("lpips")
 
     def lpips_to_recorded(self) -> Measurement:
@@ -147,16 +161,22 @@ class ZImage:
         """Structural similarity to that image."""
         return Measurement("ssim")
 
+    def parity(self) -> Measurement:
+        """Whether another engine draws the same pictures. Skips the test where none is named."""
+        if self._session.other_engine is None:
+            pytest.skip("zimage parity: no other engine is named: --zimage-parity ENGINE")
+        return Measurement(PARITY)
+
     def _unless_unsaid(self, name: str) -> Measurement:
         if reason := unsaid(self._session, self.record, name):
             pytest.skip(f"zimage {name}: {reason}")
         return Measurement(name)
 
-    def measure(self, metric: str) -> Measurement:
-        """Raises a `ZImageError` if the run fails."""
+    def measure(self, metric: str, besides: Sequence[str] = ()) -> Measurement:
+        """Raises a `ZImageError` if the run fails; `besides` is told with the reason of a skip."""
         sample = take(metric, self.record)
-        if sample.unavailable and not self._stored(metric):
-            pytest.skip(f"zimage {metric}: {sample.unavailable}")
+        if sample.unavailable and (sample.not_its_own or not self._stored(metric)):
+            pytest.skip(f"zimage {metric}: {'; '.join((sample.unavailable, *besides))}")
         return Measurement(metric, sample)
 
     def _stored(self, metric: str) -> bool:
@@ -232,4 +252,4 @@ class ZImage:
 
     def _title(self, verdict: Verdict) -> str:
         metric = self._session.catalog.metrics.get(verdict.metric)
-        return metric.title if metric else verdict.metric
+        return metric.title.replace("{reference}", self.variant.reference) if metric else verdict.metric

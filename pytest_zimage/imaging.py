@@ -21,7 +21,7 @@ from pytest_zimage.engines.protocol import DrawImages, DrawnImage, ImageJob
 from pytest_zimage.verdict.paired import pair_name
 
 _PACKAGES = ("torch", "diffusers", "transformers", "comfy-kitchen", "accelerate", "tokenizers")
-_DECIDES = (*_PACKAGES, "device", "machine", "cpu")
+_DECIDES = (*_PACKAGES, "device", "machine", "cpu", "engine")
 _DRAWING_CODE = ("checkpoints", "engines")
 _INDEX = "index.json"
 
@@ -77,7 +77,10 @@ def open_shelf(
     environment: Mapping[str, str],
     fault: str,
 ) -> Shelf:
-    """The shelf of `variant` in this build; `environment` holds packages, device, weights, `fault` what is injected."""
+    """The shelf of `variant` in this build.
+
+    `environment` holds packages, device, weights and engine; `fault` is what is injected.
+    """
     width, height = image_size(prompts, workload)
     decides = {key: value for key, value in environment.items() if key in _DECIDES or key.startswith("weights.")}
     said = structs.replace(workload, prompt="", seed=0, title="", width=width, height=height)

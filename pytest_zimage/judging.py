@@ -23,8 +23,6 @@ from pytest_zimage.verdict.model import Judgement, Verdict
 from pytest_zimage.verdict.rows import verdict_row
 from pytest_zimage.verdict.rule import run_score
 
-_CONTROL = "bf16"
-
 
 def judge_metric(session: ZImageSession, test: str, variant: Variant, name: str) -> Verdict:
     """The verdict on one metric of one variant, measuring as many fresh runs as the rule needs.
@@ -83,6 +81,7 @@ def _explained(
         samples=tuple(sample.rounds for sample in samples if sample.rounds),
         notes=(
             *judgement.notes,
+            *dict.fromkeys(note for sample in samples for note in sample.notes),
             *_control_note(session, variant, metric, samples, found, judgement),
             *filter(None, [environment.slow_kitchen(session.run(variant, 0).environment)]),
         ),
@@ -135,11 +134,11 @@ def _control_note(
     found: Found | Absent,
     judgement: Judgement,
 ) -> tuple[str, ...]:
-    """Whether bf16 moved too in this session: what slowed the whole machine is no fault of the variant."""
-    control = session.catalog.variants.get(_CONTROL)
-    if control is None or variant.name == _CONTROL or not _to_explain(judgement) or isinstance(found, Absent):
+    """Whether the reference moved too in this session: what slowed the whole machine is no fault of the variant."""
+    control = session.catalog.variant(variant.reference)
+    if variant.name == control.name or not _to_explain(judgement) or isinstance(found, Absent):
         return ()
-    records = session.book.recorded(_CONTROL)
+    records = session.book.recorded(control.name)
     try:
         base = session.store.find(session.key(control), metric.name)
     except BaselineError:
@@ -152,12 +151,12 @@ def _control_note(
     if ratio is None or ratio.change is None or ratio.interval is None:
         return ()
     says = {
-        "pass": f"{_CONTROL} moved as much, so the machine or what all variants share did it",
-        "regression": f"{_CONTROL} did not move as much, so the change is this variant's own",
-        "improvement": f"{_CONTROL} did not move as much, so the change is this variant's own",
-    }.get(ratio.outcome, f"too uncertain to say whether {_CONTROL} moved as much")
+        "pass": f"{control.name} moved as much, so the machine or what all variants share did it",
+        "regression": f"{control.name} did not move as much, so the change is this variant's own",
+        "improvement": f"{control.name} did not move as much, so the change is this variant's own",
+    }.get(ratio.outcome, f"too uncertain to say whether {control.name} moved as much")
     change = f"{units.percent(ratio.change)} (95 % interval {units.interval(ratio.interval)})"
-    return (f"ratio to {_CONTROL} of this session: {change}; {says}",)
+    return (f"ratio to {control.name} of this session: {change}; {says}",)
 
 
 def published_note(session: ZImageSession, variant: Variant, metric: Metric) -> str:

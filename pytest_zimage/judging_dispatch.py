@@ -6,6 +6,7 @@ from pytest_zimage.baselines.store import Found
 from pytest_zimage.catalog import Variant
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import BaselineError, MeasurementError
+from pytest_zimage.judging_twins import judge_by_twin
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.model import Verdict
 from pytest_zimage.verdict.moves import moves
@@ -23,9 +24,12 @@ _LAYERS_SHOWN = 8
 def judge_quantised(session: ZImageSession, test: str, variant: Variant) -> Verdict:
     """Whether every layer that says it computes with quantised activations did, throughout the traced image.
 
-    Raises `MeasurementError` where the trace cannot tell.
+    Where the engine does not trace, the images of the variant's twin tell. Raises `MeasurementError` where what there
+    is cannot tell.
     """
     record = session.run(variant, 0)
+    if record.dispatch is None and variant.twin:
+        return judge_by_twin(session, test, variant, QUANTISED)
     declared = record.loaded.compute.get(_DECLARED, 0)
     calls = _dequantised_calls(record, declared)
     if calls:

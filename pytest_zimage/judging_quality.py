@@ -90,12 +90,12 @@ def judge_quality(session: ZImageSession, test: str, variant: Variant, name: str
     metric = session.catalog.metrics[name]
     if blind := blind_scorer(session, test, variant, metric):
         return blind
-    stages = session.desk.stages
+    stages = session.desk.gallery.stages
     for stage, more in enumerate(stages):
         evidence = session.desk.evidence(variant, more)
         found = session.store.find(session.key(variant), name)
         following = stages[stage + 1] if stage + 1 < len(stages) else None
-        further = drawn_pairs(session.desk.prompts, following)[len(evidence.pairs) :] if following else ()
+        further = drawn_pairs(session.desk.gallery.prompts, following)[len(evidence.pairs) :] if following else ()
         judgement = _judge(metric, evidence, found, further)
         if not judgement.wants_more:
             break
@@ -107,7 +107,7 @@ def record_quality(session: ZImageSession, test: str, variant: Variant, metrics:
 
     All seeds are recorded, also those that only an inconclusive verdict draws: it needs the baseline's side of them.
     """
-    evidence = session.desk.evidence(variant, session.desk.stages[-1])
+    evidence = session.desk.evidence(variant, session.desk.gallery.stages[-1])
     blind = [blind_scorer(session, test, variant, session.catalog.metrics[name]) for name in metrics]
     recordable = tuple(name for name, verdict in zip(metrics, blind, strict=True) if verdict is None)
     results = update_quality(
@@ -126,14 +126,14 @@ def record_quality(session: ZImageSession, test: str, variant: Variant, metrics:
 
 def blind_scorer(session: ZImageSession, test: str, variant: Variant, metric: Metric) -> Verdict | None:
     """The verdict UNFIT, if the scorer tells no prompt's own images from the controls: then its scores say nothing."""
-    outcomes = session.desk.controls if metric.controls else ()
+    outcomes = session.desk.controls(variant) if metric.controls else ()
     if not outcomes or any(outcome.fit for outcome in outcomes):
         return None
     worst = min(outcomes, key=lambda outcome: outcome.lead)
     evidence = session.desk.evidence(variant)
     notes = (
-        f"the scorer is blind here: for none of the {len(outcomes)} prompts do bf16's own images beat every control"
-        f" by {worst.gap:g}; the worst is {worst.prompt}, where they score {worst.real:.3f} and"
+        f"the scorer is blind here: for none of the {len(outcomes)} prompts do {variant.reference}'s own images beat"
+        f" every control by {worst.gap:g}; the worst is {worst.prompt}, where they score {worst.real:.3f} and"
         f" {worst.strongest} scores {worst.controls[worst.strongest]:.3f}",
         f"scorer: {evidence.scores[metric.name].scorer}",
     )
@@ -186,12 +186,12 @@ def _explained(
 def _causes(session: ZImageSession, variant: Variant, found: Found | Absent) -> list[str]:
     """What probably happened, in words; images that are blank have been told already."""
     recorded = found.baseline.images.fingerprints if isinstance(found, Found) and found.baseline.images else {}
-    images, references = session.desk.images(variant), session.desk.references()
+    images, references = session.desk.gallery.images(variant), session.desk.gallery.references(variant)
     drawn = [
         Drawn(image.prompt, image.seed, image.path, reference.path, image.pixels_sha256)
         for image, reference in zip(images, references, strict=True)
     ]
-    return [f"probable cause: {cause}" for cause in causes(drawn, recorded)]
+    return [f"probable cause: {cause}" for cause in causes(drawn, recorded, variant.reference)]
 
 
 def _side_by_side(session: ZImageSession, variant: Variant, found: Found | Absent) -> list[str]:
@@ -199,7 +199,7 @@ def _side_by_side(session: ZImageSession, variant: Variant, found: Found | Absen
     if isinstance(found, Absent) or found.baseline.images is None:
         return []
     identity = identity_to(session.desk.evidence(variant), found.baseline)
-    new = {f"{image.prompt}/{image.seed}": image.path for image in session.desk.images(variant)}
+    new = {f"{image.prompt}/{image.seed}": image.path for image in session.desk.gallery.images(variant)}
     previews = found.baseline.images.previews
     folder = previews_folder(found.path)
     differ = identity.differ if identity else ()

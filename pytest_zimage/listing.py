@@ -10,7 +10,7 @@ from pytest_zimage.baselines.store import Absent
 from pytest_zimage.baselines.update import centre
 from pytest_zimage.catalog import Role, Variant
 from pytest_zimage.checkpoints.folders import weight_files
-from pytest_zimage.errors import BaselineError, MissingFileError, ZImageError
+from pytest_zimage.errors import BaselineError, MissingFileError, UnsupportedError, ZImageError
 from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession, start
 
@@ -27,9 +27,12 @@ def list_variants(config: pytest.Config) -> int:
 
 
 def _lines(session: ZImageSession) -> Iterator[str]:
-    machine, model_set = session.machine, session.model_set
+    machine, model_set, engine = session.machine, session.model_set, session.engine
     yield f"device    {machine.device_class.name}: {machine.name}" + "".join(f"\n          {n}" for n in machine.notes)
-    yield f"models    {model_set.name} in {model_set.root}"
+    yield f"engine    {session.settings.engine}: {engine.way}"
+    if session.other_engine is not None:
+        yield f"parity    {session.settings.parity}: {session.other_engine.way}"
+    yield f"models    {model_set.name}" + (f" in {model_set.root}" if model_set.root else ", kept by the engine itself")
     yield f"workload  {session.workload.name}: {session.workload.title}"
     for variant in session.catalog.select(session.settings.config or ("*",)):
         tags = "".join(f" @{tag}" for tag in variant.tags)
@@ -38,8 +41,24 @@ def _lines(session: ZImageSession) -> Iterator[str]:
             yield "    runs          only when asked for by name, glob or tag"
         yield f"    lanes         {', '.join(variant.lanes) or 'any'}"
         yield f"    rough time    {_rough_time(session, variant)}"
-        for role, file_name in variant.files().items():
-            yield f"    {role:13} {_found(session, role, file_name)}"
+        yield from _needed(session, variant)
+
+
+def _needed(session: ZImageSession, variant: Variant) -> Iterator[str]:
+    """What the engine reads of the variant, or why it cannot draw it."""
+    engine = session.engine
+    try:
+        engine.refuse(variant, session.workload)
+        weights = "" if engine.needs_files else engine.reads(variant, session.model_set.name)
+    except ZImageError as error:
+        yield f"    engine        {_wrong(error)}"
+        return
+    if weights:
+        yield f"    weights       {weights}"
+        return
+    for role, file_name in variant.files().items():
+        yield f"    {role:13} {_found(session, role, file_name)}"
+    if engine.needs_tokenizer:
         yield f"    tokenizer     {_found_tokenizer(session)}"
 
 
@@ -62,7 +81,8 @@ def _found_tokenizer(session: ZImageSession) -> str:
 
 
 def _wrong(error: ZImageError) -> str:
-    word = "MISSING" if isinstance(error, MissingFileError) else "UNUSABLE"
+    words = {MissingFileError: "MISSING", UnsupportedError: "UNABLE"}
+    word = words.get(type(error), "UNUSABLE")
     return f"{word}: {error.message}\n{'':18}{error.mend}"
 
 

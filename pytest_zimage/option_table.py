@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pytest_zimage import readers
 
@@ -28,6 +28,10 @@ class Option:
     flag: bool = False
     choices: tuple[str, ...] = ()
     prefix: str = "--zimage-"
+    engine: str = ""
+    """The one engine that it is for."""
+    way: Literal["", "start", "attach"] = ""
+    """For a server that is started, or for one that runs already."""
 
     @property
     def option(self) -> str:
@@ -50,7 +54,13 @@ OPTIONS: tuple[Option, ...] = (
         metavar="NAME",
         many=True,
     ),
-    Option("engine", "what draws (default: diffusers, in a process of its own)", metavar="NAME", default="diffusers"),
+    Option(
+        "engine",
+        "what draws: diffusers in a process of its own, or a server, comfyui or vllm-omni (default: diffusers)",
+        metavar="NAME",
+        default="diffusers",
+    ),
+    Option("parity", "another engine, which must draw the same pictures: suites/test_parity.py", metavar="ENGINE"),
     Option(
         "models",
         "where the weights are: a folder in ComfyUI's layout, synthetic-tiny or synthetic-full"
@@ -60,7 +70,11 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("tokenizer", "folder of the text encoder's tokenizer, if the model folder has none", readers.path, "DIR"),
     Option("workload", "what is drawn (default: turbo-tiny on synthetic-tiny, else turbo-1024)", metavar="NAME"),
-    Option("prompts", "prompts and seeds that quality is judged on", metavar="SET", default="quality-6x3"),
+    Option(
+        "prompts",
+        "prompts and seeds that quality is judged on (default: quality-6x3, vllm-3x1 with the vllm-omni engine)",
+        metavar="SET",
+    ),
     Option(
         "clip",
         "what gives the CLIPScore: ARCH:PRETRAINED in open_clip's words, or tiny-clip"
@@ -116,6 +130,87 @@ OPTIONS: tuple[Option, ...] = (
         readers.seconds_or_none,
         "SECONDS",
         "60",
+    ),
+    Option(
+        "comfyui_dir",
+        "ComfyUI's folder: a server is started from it for every run",
+        readers.path,
+        "DIR",
+        engine="comfyui",
+        way="start",
+    ),
+    Option(
+        "comfyui_python",
+        "the Python that runs ComfyUI (default: this one)",
+        readers.path,
+        "FILE",
+        engine="comfyui",
+        way="start",
+    ),
+    Option(
+        "comfyui_flags",
+        "further flags of ComfyUI's main.py, as one shell text",
+        readers.words,
+        "TEXT",
+        "",
+        engine="comfyui",
+        way="start",
+    ),
+    Option(
+        "comfyui_url",
+        "a ComfyUI that runs already, instead of starting one",
+        readers.url,
+        "URL",
+        engine="comfyui",
+        way="attach",
+    ),
+    Option(
+        "comfyui_pid",
+        "its process, to read its memory",
+        readers.positive_int,
+        "PID",
+        engine="comfyui",
+        way="attach",
+    ),
+    Option(
+        "comfyui_workflow",
+        "a workflow of your own in ComfyUI's API format, nodes named",
+        readers.path,
+        "FILE",
+        engine="comfyui",
+    ),
+    Option(
+        "vllm_omni_command",
+        "the vllm executable (default: vllm)",
+        metavar="FILE",
+        default="vllm",
+        engine="vllm-omni",
+        way="start",
+    ),
+    Option(
+        "vllm_omni_flags",
+        "further flags of vllm serve, as one shell text",
+        readers.words,
+        "TEXT",
+        "",
+        engine="vllm-omni",
+        way="start",
+    ),
+    Option(
+        "vllm_omni_url",
+        "a vLLM-Omni that runs already, instead of starting one",
+        readers.url,
+        "URL",
+        engine="vllm-omni",
+        way="attach",
+    ),
+    Option(
+        "vllm_omni_pid",
+        "its process, to read its memory",
+        readers.positive_int,
+        "PID",
+        engine="vllm-omni",
+        way="attach",
     ),
     Option("baselines", "record what is measured as the new baseline", flag=True, prefix="--update-"),
     Option("reason", "why the baselines change; required with --update-baselines", metavar="TEXT", prefix="--update-"),

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from pytest_zimage import readers
+from pytest_zimage.option_engines import outranked, refuse_others, refuse_unnamed_weights, told
 from pytest_zimage.option_table import OPTIONS, Option
 
 UpdateMode = Literal["replace", "extend", "new"]
@@ -26,13 +27,15 @@ class Settings:
     config: tuple[str, ...]
     """Names, globs and `@tags` of the variants to run; empty means all."""
     engine: str
+    parity: str | None
+    """Another engine, which must draw the same pictures; None: nothing is compared."""
     models: str
     """`synthetic-tiny`, `synthetic-full`, or a folder in ComfyUI's layout."""
     tokenizer: Path | None
     workload: str | None
     """None: the one that suits the model set."""
-    prompts: str
-    """The prompt set that image quality is judged on."""
+    prompts: str | None
+    """The prompt set that image quality is judged on; None: the engine's own."""
     clip: str | None
     """The scorers; None: those that suit the model set."""
     lpips: str | None
@@ -57,6 +60,20 @@ class Settings:
     timeout_s: float
     fit_wait_s: float
     """Longest wait of a run until the machine is fit to be timed."""
+    comfyui_dir: Path | None
+    """ComfyUI's folder, to start it from; or else `comfyui_url`, of one that runs."""
+    comfyui_python: Path | None
+    """None: the Python that runs pytest."""
+    comfyui_flags: tuple[str, ...]
+    comfyui_url: str | None
+    comfyui_pid: int | None
+    """The server's process, for its memory, where it was not started here."""
+    comfyui_workflow: Path | None
+    vllm_omni_command: str
+    """Executable of `vllm serve`, to start it; or else `vllm_omni_url`, of a server that runs."""
+    vllm_omni_flags: tuple[str, ...]
+    vllm_omni_url: str | None
+    vllm_omni_pid: int | None
 
     @property
     def work(self) -> Path:
@@ -95,25 +112,30 @@ def add_options(parser: pytest.Parser) -> None:
 
 def given(config: pytest.Config) -> bool:
     """Whether any option of ours stands on the command line."""
-    return any(config.getoption(row.dest, None) is not None for row in OPTIONS)
+    return any(told(config, row) for row in OPTIONS)
 
 
 def repeated_options(config: pytest.Config) -> list[str]:
     """The options of this command line that decide what is measured and against what, for a command to run next."""
     again = {"engine", "models", "tokenizer", "workload", "prompts", "clip", "lpips", "scorers", "device", "rounds"}
-    again |= {"baselines", "catalog", "cache"}
+    again |= {"parity", "baselines", "catalog", "cache"}
+    again |= {row.name for row in OPTIONS if row.engine}
     words: list[str] = []
     for row in OPTIONS:
         found = config.getoption(row.dest, None)
         if row.prefix == "--zimage-" and row.name in again and found is not None:
             for value in found if row.many else [found]:
-                words += [row.option, str(value)]
+                # With a space, pytest would take a folder for one of tests, and flags for its own.
+                words.append(f"{row.option}={value}")
     return words
 
 
 def read_settings(config: pytest.Config) -> Settings:
     """Raises `pytest.UsageError` for the first value that cannot be used, naming the option."""
-    values: dict[str, Any] = {row.dest: _value(config, row) for row in OPTIONS}
+    ignored = outranked(config)
+    values: dict[str, Any] = {row.dest: _value(config, row, ini=row.dest not in ignored) for row in OPTIONS}
+    drawing = {values["zimage_engine"], values["zimage_parity"] or values["zimage_engine"]}
+    refuse_others(config, drawing)
     if values["update_baselines"] and not values["update_reason"]:
         raise pytest.UsageError('--update-baselines needs --update-reason "why the numbers may change"')
     if values["update_baselines"] and values["zimage_inject"]:
@@ -121,8 +143,11 @@ def read_settings(config: pytest.Config) -> Settings:
             "--update-baselines refuses --zimage-inject: an injected fault must never become a baseline"
         )
     root = config.rootpath
+    models = values.pop("zimage_models") or _models_of_environment()
+    if not models:
+        refuse_unnamed_weights(config, drawing, values)
     renamed = {
-        "models": values.pop("zimage_models") or _models_of_environment() or "synthetic-tiny",
+        "models": models or "synthetic-tiny",
         "update_baselines": values.pop("update_baselines"),
         "update_reason": values.pop("update_reason") or "",
         "update_mode": values.pop("update_mode"),
@@ -140,10 +165,11 @@ def read_settings(config: pytest.Config) -> Settings:
     return settings
 
 
-def _value(config: pytest.Config, row: Option) -> Any:
+def _value(config: pytest.Config, row: Option, *, ini: bool = True) -> Any:
+    """`ini`: whether the ini file may say it."""
     raw = config.getoption(row.dest, None)
     source, base = row.option, config.invocation_params.dir
-    if raw is None:
+    if raw is None and ini:
         raw = config.getini(row.ini)
         source, base = f"{row.ini} (ini)", config.rootpath
     if row.flag:

@@ -49,9 +49,9 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 
 def pytest_zimage_engines(config: pytest.Config) -> Mapping[str, EngineFactory]:
-    from pytest_zimage.engines.local import LocalEngine
+    from pytest_zimage.engines.offered import offered
 
-    return {LocalEngine.name: LocalEngine}
+    return offered(config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -7,7 +7,9 @@ raises `pytest.UsageError` for text that cannot be used.
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -80,6 +82,26 @@ def plain_text(option: str, text: str, base: Path) -> str:
     if not text.strip():
         raise pytest.UsageError(f"{option}: must not be empty")
     return text.strip()
+
+
+def words(option: str, text: str, base: Path) -> tuple[str, ...]:
+    """The words of a shell text."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise pytest.UsageError(f"{option} {text}: {error}") from error
+
+
+def url(option: str, text: str, base: Path) -> str:
+    """`http://host:port`, without a slash at its end."""
+    parts = urlsplit(plain_text(option, text, base))
+    try:
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        fits = False
+    if not fits or not text.isascii() or parts.query or parts.fragment or parts.username:
+        raise pytest.UsageError(f"{option} {text}: write http://host:port")
+    return text.strip().rstrip("/")
 
 
 def path(option: str, text: str, base: Path) -> Path:

@@ -23,15 +23,14 @@ from msgspec import structs
 from pytest_zimage.baselines.schema import Key
 from pytest_zimage.baselines.store import BaselineStore
 from pytest_zimage.catalog import Catalog, Variant, Workload, load_catalog
-from pytest_zimage.checkpoints.modelset import ModelSet, file_fingerprint, open_model_set
+from pytest_zimage.checkpoints.modelset import Fingerprints, ModelSet, open_model_set
 from pytest_zimage.engines.base import Engine, EngineFactory, ReportProgress, RunPlan
 from pytest_zimage.engines.protocol import Injection
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import CatalogError, ZImageError
-from pytest_zimage.judging_fitness import fit_plan
 from pytest_zimage.liveline import Heartbeat, LiveLine, can_redraw
-from pytest_zimage.locks import disks
 from pytest_zimage.options import Settings, read_settings, repeated_options
+from pytest_zimage.planning import make_plan
 from pytest_zimage.probes.device import Machine, detect
 from pytest_zimage.probes.environment import machine_fingerprint, memory_total_bytes, session_environment
 from pytest_zimage.reports.progress import Progress
@@ -63,7 +62,6 @@ class ZImageSession:
         self.notes: tuple[str, ...] = ()
         """What to know of this machine beside every verdict; found when the session ends."""
         self.closing_error: ZImageError | None = None
-        self._fingerprints: dict[tuple[Path, int], str] = {}
         self.wants_images = False
         """Whether a test of this session judges images: then each variant's first run draws them too."""
 
@@ -100,20 +98,30 @@ class ZImageSession:
 
     @cached_property
     def workload(self) -> Workload:
-        default = "turbo-tiny" if self.model_set.name == "synthetic-tiny" else "turbo-1024"
+        defaults = self.engine.defaults
+        default = defaults.tiny_workload if self.model_set.name == "synthetic-tiny" else defaults.workload
         return self.catalog.workload(self.settings.workload or default)
 
     @cached_property
     def engine(self) -> Engine:
+        return self._make_engine(self.settings.engine)
+
+    @cached_property
+    def other_engine(self) -> Engine | None:
+        """The one that must draw the same pictures; None where none was asked for."""
+        name = self.settings.parity
+        if name == self.settings.engine:
+            raise CatalogError(f"--zimage-parity {name} is the engine itself", mend="name another engine, or none")
+        return self._make_engine(name) if name else None
+
+    def _make_engine(self, name: str) -> Engine:
         offered: dict[str, EngineFactory] = {}
         # Later plugins and conftest files come first in pytest's answer, and outrank what is shipped.
         for engines in self.config.hook.pytest_zimage_engines(config=self.config):
             offered = {**engines, **offered}
-        if self.settings.engine not in offered:
-            raise CatalogError(
-                f"unknown engine {self.settings.engine!r}", mend=f"engines here: {', '.join(sorted(offered))}"
-            )
-        return offered[self.settings.engine]()
+        if name not in offered:
+            raise CatalogError(f"unknown engine {name!r}", mend=f"engines here: {', '.join(sorted(offered))}")
+        return offered[name]()
 
     @cached_property
     def store(self) -> BaselineStore:
@@ -127,7 +135,7 @@ class ZImageSession:
     @cached_property
     def book(self) -> RunBook:
         device = self.machine.uuid or self.machine.torch_device
-        return RunBook(self.runs_folder, self._locks / f"{device.replace(':', '-')}.lock")
+        return RunBook(self.runs_folder, self.locks / f"{device.replace(':', '-')}.lock")
 
     @property
     def runs_folder(self) -> Path:
@@ -135,9 +143,13 @@ class ZImageSession:
         return self.folder / "runs"
 
     @property
-    def _locks(self) -> Path:
+    def locks(self) -> Path:
         """Locks of devices and disks, for all sessions of this host."""
         return self.settings.cache / "locks"
+
+    @cached_property
+    def fingerprints(self) -> Fingerprints:
+        return Fingerprints()
 
     @cached_property
     def progress(self) -> Progress:
@@ -170,7 +182,7 @@ class ZImageSession:
     def variants(self) -> list[Variant]:
         """The variants asked for that this lane can run. Raises `CatalogError` if there is none."""
         lane = self.machine.device_class.name
-        chosen = self.catalog.select(self.settings.config)
+        chosen = self.catalog.select(self.settings.config or self.engine.defaults.variants)
         able = [variant for variant in chosen if not variant.lanes or lane in variant.lanes]
         if not able:
             names = ", ".join(variant.name for variant in chosen)
@@ -194,7 +206,8 @@ class ZImageSession:
             def measure() -> RunRecord:
                 plan = self.plan(variant, index, progress)
                 if index == 0 and self.wants_images:
-                    images = self.desk.request(plan, self.desk.seeds_at_once)
+                    gallery = self.desk.gallery
+                    images = gallery.request(plan, gallery.seeds_at_once)
                     plan = replace(plan, images=images, arrived=self.desk.scoring_meanwhile(variant))
                 return self.engine.run(plan, progress)
 
@@ -223,47 +236,13 @@ class ZImageSession:
         """End what this session started."""
         if "desk" in vars(self):
             self.desk.close()
-        if "engine" in vars(self):
-            self.engine.close()
+        for name in ("engine", "other_engine"):
+            if (engine := vars(self).get(name)) is not None:
+                engine.close()
 
-    def plan(self, variant: Variant, index: int, progress: ReportProgress) -> RunPlan:
-        """What to ask of an engine for run `index`; the synthetic files are written first where they are not there."""
-        model_set = self.model_set
-        model_set.ensure(
-            variant.files().values(),
-            device=self.machine.torch_device,
-            say=lambda line: progress(f"writing {model_set.name}: {line}", 0, 0),
-        )
-        files = model_set.files(variant)
-        return RunPlan(
-            variant=variant,
-            workload=self.workload,
-            model_set=model_set.name,
-            dims=model_set.dims,
-            files=files,
-            tokenizer=model_set.find_tokenizer(),
-            device="cuda:0" if self.machine.uuid else self.machine.torch_device,
-            gpu=self.machine.uuid,
-            index=index,
-            rounds=self.settings.rounds,
-            inject=self.injection,
-            images=None,
-            environment={
-                **self.environment,
-                **{f"weights.{role}": self._fingerprint(path) for role, path in files.items()},
-            },
-            log=self.folder / "logs" / f"{variant.name}-{index + 1}.log",
-            timeout_s=self.settings.timeout_s,
-            fit=fit_plan(self, variant),
-            reading=lambda progress: disks(self._locks, files.values(), progress),
-        )
-
-    def _fingerprint(self, path: Path) -> str:
-        """Identity of a weights file; read once, since a plan is made for every run and every set of images."""
-        key = (path, path.stat().st_mtime_ns)
-        if key not in self._fingerprints:
-            self._fingerprints[key] = file_fingerprint(path)[:16]
-        return self._fingerprints[key]
+    def plan(self, variant: Variant, index: int, progress: ReportProgress, engine: Engine | None = None) -> RunPlan:
+        """What to ask of `engine`, the session's own if None, for run `index`; see `make_plan`."""
+        return make_plan(self, engine or self.engine, variant, index, progress)
 
 
 def start(config: pytest.Config) -> ZImageSession:

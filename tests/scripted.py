@@ -53,7 +53,8 @@ def record(plan: RunPlan, run: dict[str, Any]) -> RunRecord:
     rounds = (run["rounds"] * plan.rounds)[: plan.rounds]
     cold = run.get("cold", 10.0) * (1 + plan.inject.cold_load)
     idle = run.get("rss_idle", 900 * MIB)
-    peak = run.get("rss_peak", 2000 * MIB) + plan.inject.memory_bytes
+    peak = run.get("rss_peak", 2000 * MIB)
+    peak = None if peak is None else peak + plan.inject.memory_bytes
     steps = plan.workload.steps
     return RunRecord(
         variant=plan.variant.name,
@@ -68,15 +69,17 @@ def record(plan: RunPlan, run: dict[str, Any]) -> RunRecord:
                 phases_s=run.get("phases")
                 or {"text_encode": 0.1 * seconds, "step_1": 0.7 * seconds * slow, "vae_decode": 0.2 * seconds},
                 forwards=run.get("forwards", steps),
-                pixels_sha256="0" * 64,
+                pixels_sha256=run.get("pixels", ["0" * 64] * plan.rounds)[number],
+                seed=run.get("seeds", [None] * plan.rounds)[number],
             )
-            for seconds in rounds
+            for number, seconds in enumerate(rounds)
         ),
         cold=ColdLoad(
             total_s=cold,
             phases_s={"import": 5.0, "read": cold * 0.6, "build": cold * 0.1, "first_image": cold * 0.3},
             residency=0.0 if run.get("emptied", True) else 1.0,
             emptied=run.get("emptied", True),
+            notes=tuple(run.get("cold_notes", ())),
             fitness=fitness(run, "cold_fitness"),
         ),
         memory=Reported(
@@ -85,8 +88,10 @@ def record(plan: RunPlan, run: dict[str, Any]) -> RunRecord:
             rss_sampled_peak_bytes=peak,
             device_peak_bytes=run.get("device_peak"),
             device_reserved_peak_bytes=None,
-            nvml_process_peak_bytes=None,
+            nvml_process_peak_bytes=run.get("gpu_process_peak"),
             device_held_bytes=run.get("device_held"),
+            notes=tuple(run.get("memory_notes", ())),
+            unavailable=run.get("unavailable", {}),
         ),
         rss_idle_bytes=idle,
         loaded=Loaded(
@@ -102,6 +107,9 @@ def record(plan: RunPlan, run: dict[str, Any]) -> RunRecord:
         disk_bytes=run.get("disk_bytes", 5000),
         dispatch=run.get("dispatch", {"rms_rope: eager": 32, "linear: plain": 232}),
         dequantised=run.get("dequantised", {}),
+        emulated=tuple(run.get("emulated", ())),
+        unquantised=tuple(run.get("unquantised", ())),
+        faults=run.get("faults", {}),
         environment={**plan.environment, **run.get("environment", {})},
         inject=plan.inject,
         fitness=fitness(run, "fitness"),

@@ -47,7 +47,7 @@ def record(index=0, seconds=5.5, *, rounds=3, emptied=True, variant="nvfp4", **c
             rss_sampled_peak_bytes=1001 * MIB,
             device_peak_bytes=2000 * MIB,
             device_reserved_peak_bytes=None,
-            nvml_process_peak_bytes=None,
+            nvml_process_peak_bytes=2500 * MIB,
         ),
         rss_idle_bytes=400 * MIB,
         loaded=Loaded(
@@ -111,6 +111,7 @@ def test_samples_of_a_run():
     assert take("rss_peak", run).rounds == (1001 * MIB,)
     assert take("working_set", run).rounds == (601 * MIB,)
     assert take("device_peak", run).rounds == (2000 * MIB,)
+    assert take("gpu_process_peak", run).rounds == (2500 * MIB,)
     exact = {name: take(name, run).exact for name in ("disk_bytes", "weight_bytes", "tensors", "linears", "forwards")}
     assert exact == {
         "disk_bytes": 12345,

@@ -63,8 +63,8 @@ def test_the_commands_repeat_what_chose_the_measurement(recorded, tiny):
     done = recorded.run("nvfp4", "--zimage-rounds=4", f"--zimage-tokenizer={tiny}/tokenizer", "-p", "no:randomly")
     for line in done.stdout.lines:
         if "to accept it:" in line or "to look closer:" in line:
-            assert f"--zimage-tokenizer {tiny}/tokenizer" in line
-            assert "--zimage-rounds 4" in line
+            assert f"--zimage-tokenizer={tiny}/tokenizer" in line
+            assert "--zimage-rounds=4" in line
     done.stdout.fnmatch_lines(["*to accept it:*"])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from scripted_nvml import GIB, Gpu, NVMLError, ScriptedNvml
 from pytest_zimage.probes.leftover import ALLOWED_BYTES, DeviceUse
 
 MIB = 1 << 20
+MEMORY = Path(__file__).parents[1] / "suites" / "test_memory.py"
 SUITE = """
 def test_held(zimage):
     zimage.gate(zimage.memory_held())
@@ -181,3 +184,78 @@ def test_they_are_judged_also_while_baselines_are_recorded(gpu, results):
     done = gpu.run("bf16", "--update-baselines", "--update-reason", "first")
     done.assert_outcomes(passed=1, failed=1)
     assert [row["verdict"] for row in results()["verdicts"]] == ["PASS", "NOT RETURNED"]
+
+
+# ---- the process as the driver counts it ----------------------------------------------
+
+
+def test_memory_of_the_process_is_recorded_and_gated_where_the_driver_tells(script, results):
+    shutil.copy(MEMORY, script.project.path / "test_suite.py")
+    only = ("-k", "process_memory")
+    quiet = [{**run, "gpu_process_peak": 2 * GIB + place * MIB} for place, run in enumerate(script.QUIET)]
+    script(default=quiet)
+    script.run("nvfp4", *only, "--update-baselines", "--update-reason=first").assert_outcomes(passed=1, deselected=8)
+    script.run("nvfp4", *only).assert_outcomes(passed=1, deselected=8)
+    script(default=[{**run, "gpu_process_peak": 2 * GIB + 200 * MIB} for run in quiet])
+    bigger = script.run("nvfp4", *only)
+    bigger.assert_outcomes(failed=1, deselected=8)
+    bigger.stdout.fnmatch_lines(["nvfp4 peak device memory of the process: BIGGER*"])
+
+
+def test_memory_of_the_process_is_skipped_with_the_reason_where_it_does_not(script):
+    shutil.copy(MEMORY, script.project.path / "test_suite.py")
+    script(default=script.QUIET)
+    done = script.run("nvfp4", "-k", "process_memory", "-rs")
+    done.assert_outcomes(skipped=1, deselected=8)
+    done.stdout.fnmatch_lines(["*zimage gpu_process_peak: NVML lists no process of diffusers on cpu*"])
+
+
+# ---- what cannot be said, each for itself ----------------------------------------------
+
+
+def test_what_has_no_idle_is_judged_by_its_peak(script, results):
+    shutil.copy(MEMORY, script.project.path / "test_suite.py")
+    script.record("nvfp4", [{**run, "unavailable": {"working_set": "it is never idle"}} for run in script.QUIET])
+    script(default=[{**run, "unavailable": {"working_set": "it is never idle"}} for run in script.QUIET])
+    done = script.run("nvfp4", "-k", "peak_memory or working_set", "-rs")
+    done.assert_outcomes(passed=1, skipped=1, deselected=7)
+    done.stdout.fnmatch_lines(["*zimage working_set: it is never idle"])
+    assert [(row["metric"], row["verdict"]) for row in results()["verdicts"]] == [("rss_peak", "PASS")]
+
+
+def test_each_skip_has_its_own_reason(script):
+    shutil.copy(MEMORY, script.project.path / "test_suite.py")
+    why = {"working_set": "never idle", "gpu_process_peak": "NVML is silent"}
+    script(default=[{**run, "unavailable": why, "memory_notes": ["of something else"]} for run in script.QUIET])
+    done = script.run("nvfp4", "-k", "working_set or process_memory or device_memory", "-rs")
+    done.stdout.fnmatch_lines_random(
+        [
+            "*zimage working_set: never idle",
+            "*zimage gpu_process_peak: NVML is silent",
+            "*zimage device_peak: diffusers on cpu reports no device memory",
+        ]
+    )
+    assert "of something else" not in done.stdout.str()
+
+
+def test_an_engine_that_tells_no_reason_by_metric_tells_it_among_its_notes(script):
+    shutil.copy(MEMORY, script.project.path / "test_suite.py")
+    script(default=[{**run, "memory_notes": ["the driver is silent"]} for run in script.QUIET])
+    script.run("nvfp4", "-k", "device_memory", "-rs").stdout.fnmatch_lines(["*device_peak: the driver is silent"])
+
+
+def test_a_figure_that_is_not_of_the_run_alone_is_skipped_whatever_was_recorded(script):
+    """One that was seen has not vanished; one that was not has, and is an error."""
+    shutil.copy(MEMORY, script.project.path / "test_suite.py")
+    script(default=script.QUIET)
+    only = ("-k", "peak_memory or process_memory")
+    script.record("nvfp4", script.QUIET)
+    used = {"rss_peak": "it had drawn before"}
+    script(default=[{**run, "unavailable": used} for run in script.QUIET])
+    skipped = script.run("nvfp4", *only, "-rs")
+    skipped.assert_outcomes(skipped=2, deselected=7)
+    skipped.stdout.fnmatch_lines(["*zimage rss_peak: it had drawn before"])
+    script(default=[{**run, "unavailable": used, "rss_peak": None} for run in script.QUIET])
+    vanished = script.run("nvfp4", *only)
+    vanished.assert_outcomes(failed=1, skipped=1, deselected=7)
+    vanished.stdout.fnmatch_lines(["*rss_peak has a baseline, but this run cannot say it: it had drawn before"])

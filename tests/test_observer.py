@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 
 import psutil
@@ -158,6 +160,23 @@ def test_own_processes_are_looked_up_again_only_for_an_unknown_number():
     assert asked == [1]
 
 
+def test_a_server_that_ran_before_the_session_is_no_stranger():
+    family = {1: [1, 10], 700: [700, 701]}
+    who = Strangers(1, 700, own=family.__getitem__, name={4711: "python"}.get)
+    assert who.among({701: 20 * GB}, worker=None) == ((), "")
+    listed = {701: 20 * GB, 4711: GB}
+    assert who.among(listed, worker=700) == ((GpuProcess(4711, "python", GB),), "")
+
+
+def test_a_newcomer_beside_a_servers_child_is_a_stranger():
+    """The process that is named may have others do its work: numbers are known by any of the session's own."""
+    who = strangers(10, 11)
+    who.among({}, worker=None)
+    others, doubt = who.among({11: 20 * GB, 4711: GB}, worker=10)
+    assert others == (GpuProcess(4711, "python", GB),)
+    assert doubt == ""
+
+
 def test_own_processes_are_this_one_and_its_children():
     child = psutil.Popen(["sleep", "60"])
     try:
@@ -217,6 +236,18 @@ def test_the_true_counts_contain_this_process():
     seen = core_times(os.getpid())
     assert seen.all_s >= 0
     assert seen.own_s > 0
+
+
+def test_a_server_beside_the_session_counts_as_its_own():
+    busy = [sys.executable, "-c", "sum(range(10**7)); print(flush=True); input()"]
+    with psutil.Popen(busy, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        alone = core_times(process.pid).own_s
+        ours = core_times(os.getpid()).own_s
+        both = core_times(process.pid, os.getpid()).own_s
+        process.kill()
+    assert 0 < alone < ours
+    assert abs(both - ours) < alone / 2, "it is a child too, and counts once"
 
 
 def test_swap_is_read_from_the_kernel(tmp_path):

@@ -87,7 +87,7 @@ def test_an_unknown_engine_is_a_usage_error(script):
     script(default=[{"rounds": [1.0]}])
     result = script.project.runpytest_subprocess("--zimage-engine", "tensorrt")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*unknown engine 'tensorrt'*", "*engines here: diffusers*"])
+    result.stderr.fnmatch_lines(["*unknown engine 'tensorrt'*", "*engines here: comfyui, diffusers, vllm-omni*"])
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda:99"])

@@ -22,9 +22,10 @@ ALL = ["bf16", "fp8-cast", "fp8-cast-fast", "fp8-scaled", "nvfp4", "nvfp4-fp8e"]
         (["@part1", "bf16-compile"], [*ALL, "bf16-compile"]),
         (["*fp8e*", "fp8-cast"], ["fp8-cast", "nvfp4-fp8e"]),
         (
-            ["modelopt-f*", "online-fp8"],
+            ["modelopt-f*[!e]", "online-fp8"],
             ["modelopt-full", *(f"modelopt-ffn-{n}" for n in ("only", "attn-qkv", "attn-out")), "online-fp8"],
         ),
+        (["online-*", "bf16-*"], ["bf16-float32", "bf16-compile", "online-fp8", "bf16-sage", "online-fp8-sage"]),
     ],
 )
 def test_selection_keeps_catalogue_order(patterns, names):

@@ -69,7 +69,9 @@ def test_the_ini_value_names_it_too(mine, results):
 def test_an_unknown_one_lists_those_there_are(mine):
     result = mine().run("nvfp4", "--zimage-engine=mien")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["ERROR: unknown engine 'mien'", "  mend: engines here: diffusers, mine"])
+    result.stderr.fnmatch_lines(
+        ["ERROR: unknown engine 'mien'", "  mend: engines here: comfyui, diffusers, mine, vllm-omni"]
+    )
 
 
 @pytest.mark.parametrize(

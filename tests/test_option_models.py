@@ -122,6 +122,48 @@ def test_a_missing_tokenizer_says_how_to_get_it(comfy, script):
     )
 
 
+def test_an_engine_that_brings_its_own_tokenizer_needs_none(comfy, script):
+    script.project.makeconftest(
+        """
+        from scripted import ScriptedEngine
+
+        class Bringing(ScriptedEngine):
+            needs_tokenizer = False
+
+            def run(self, plan, progress):
+                assert plan.tokenizer is None
+                assert len(plan.files) == 3
+                return super().run(plan, progress)
+
+        def pytest_zimage_engines(config):
+            return {"diffusers": lambda: Bringing(config.rootpath)}
+        """
+    )
+    done = script.run("bf16", f"--zimage-models={comfy}")
+    assert (done.ret, script.ran) == (0, ["bf16-1"])
+
+
+def test_an_engine_that_keeps_its_own_weights_is_given_them_where_all_are_here(comfy, script, tmp_path):
+    script.project.makeconftest(
+        """
+        from scripted import ScriptedEngine
+
+        class Keeping(ScriptedEngine):
+            needs_files = False
+
+            def run(self, plan, progress):
+                (self._root / "given").open("a").write(f"{plan.variant.name} {len(plan.files)}\\n")
+                assert plan.tokenizer is None
+                return super().run(plan, progress)
+
+        def pytest_zimage_engines(config):
+            return {"diffusers": lambda: Keeping(config.rootpath)}
+        """
+    )
+    assert script.run("bf16,nvfp4", f"--zimage-models={comfy}").ret == 0
+    assert (script.project.path / "given").read_text().splitlines() == ["bf16 3", "nvfp4 0"]
+
+
 def test_a_tokenizer_may_be_named(comfy, script, tiny):
     done = script.run("bf16", f"--zimage-models={comfy}", f"--zimage-tokenizer={tiny / 'tokenizer'}")
     assert (done.ret, script.ran) == (0, ["bf16-1"])

@@ -221,7 +221,7 @@ def test_a_regression_of_the_other_prompts_still_is_one():
 
 class Printed:
     def __init__(self, mean, std, by_prompt=(), n=18):
-        self.mean, self.std, self.n, self.by_prompt = mean, std, n, dict(by_prompt)
+        self.mean, self.std, self.n, self.by_prompt, self.bare = mean, std, n, dict(by_prompt), False
 
 
 BY_PROMPT = Printed(0.33, 0.043, {prompt.name: 0.33 for prompt in SET.prompts})

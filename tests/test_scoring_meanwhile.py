@@ -43,7 +43,7 @@ def desk():
         )
         made = QualityDesk(session)
         made.__dict__["judge"] = judge or Judge()
-        made._shelf_of = lambda variant, clean=False: SimpleNamespace(find=lambda pairs: None)
+        made.gallery.shelf_of = lambda variant, clean=False: SimpleNamespace(find=lambda pairs: None)
         return made
 
     return make
@@ -51,7 +51,7 @@ def desk():
 
 def test_each_image_meets_the_reference_of_its_prompt_and_seed(desk):
     made = desk()
-    prompts = made.prompts.prompts
+    prompts = made.gallery.prompts.prompts
     references = drawn("bf16", reversed(prompts))
     made = desk(references=references)
     hand_in = made.scoring_meanwhile(CATALOG.variant("nvfp4"))
@@ -66,7 +66,7 @@ def test_each_image_meets_the_reference_of_its_prompt_and_seed(desk):
 def test_bf16_is_its_own_reference(desk):
     made = desk()
     hand_in = made.scoring_meanwhile(CATALOG.variant("bf16"))
-    for image in drawn("bf16", made.prompts.prompts):
+    for image in drawn("bf16", made.gallery.prompts.prompts):
         hand_in(image)
     assert all(item.reference == item.path for item in made.judge.handed[0])
 
@@ -74,33 +74,33 @@ def test_bf16_is_its_own_reference(desk):
 @pytest.mark.parametrize("why", ["the CPU draws", "no reference is drawn yet", "bf16 would have to be drawn clean"])
 def test_nothing_is_handed_in_where_it_would_cost(desk, why):
     made = desk()
-    references = drawn("bf16", made.prompts.prompts)
+    references = drawn("bf16", made.gallery.prompts.prompts)
     made = {
         "the CPU draws": lambda: desk(device="cpu", references=references),
         "no reference is drawn yet": desk,
         "bf16 would have to be drawn clean": lambda: desk(references=references, fault="black"),
     }[why]()
     hand_in = made.scoring_meanwhile(CATALOG.variant("nvfp4"))
-    for image in drawn("nvfp4", made.prompts.prompts):
+    for image in drawn("nvfp4", made.gallery.prompts.prompts):
         hand_in(image)
     assert made.judge.handed == []
 
 
 def test_an_image_without_a_reference_waits_for_the_others(desk):
     made = desk()
-    made = desk(references=drawn("bf16", made.prompts.prompts[1:]))
+    made = desk(references=drawn("bf16", made.gallery.prompts.prompts[1:]))
     hand_in = made.scoring_meanwhile(CATALOG.variant("nvfp4"))
-    for image in drawn("nvfp4", made.prompts.prompts[:5]):
+    for image in drawn("nvfp4", made.gallery.prompts.prompts[:5]):
         hand_in(image)
     (four,) = made.judge.handed
-    assert made.prompts.prompts[0].name not in {item.prompt for item in four}
+    assert made.gallery.prompts.prompts[0].name not in {item.prompt for item in four}
 
 
 def test_a_judge_that_fails_does_not_stop_the_drawing(desk):
     made = desk()
     judge = Judge(EngineError("the judge died"))
-    made = desk(references=drawn("bf16", made.prompts.prompts), judge=judge)
+    made = desk(references=drawn("bf16", made.gallery.prompts.prompts), judge=judge)
     hand_in = made.scoring_meanwhile(CATALOG.variant("nvfp4"))
-    for image in drawn("nvfp4", made.prompts.prompts):
+    for image in drawn("nvfp4", made.gallery.prompts.prompts):
         hand_in(image)
     assert len(judge.handed) == 1

@@ -320,7 +320,8 @@ def test_files_are_read_under_the_lock_of_the_disk(monkeypatch, tmp_path, what):
         variant=catalog.variant("bf16"), workload=catalog.workload("turbo-tiny"), model_set="synthetic-tiny",
         dims=catalog.models["synthetic-tiny"], files={}, tokenizer=tmp_path, device="cpu", gpu="", index=0, rounds=1,
         inject=Injection(), images=DrawImages((), 16, 16), environment={}, log=tmp_path / "log", timeout_s=9.0,
-        fit=FitPlan(FitnessLimits(judged=False), 0.0, None, os.getpid()), reading=reading,
+        fit=FitPlan(FitnessLimits(judged=False), 0.0, None, os.getpid()),
+        disks=lambda _, progress: reading(progress),
     )  # fmt: skip
     with pytest.raises(EngineError, match="enough"):
         getattr(local.LocalEngine(), what)(plan, lambda *_: None)

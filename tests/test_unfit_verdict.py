@@ -246,3 +246,17 @@ def test_anyone_can_see_it_with_the_real_worker_and_no_gpu(project, results, fau
     assert run["fitness"]["waited_s"] + run["cold"]["fitness"]["waited_s"] == pytest.approx(0.1, rel=0.2)
     assert all(row["injected"] for row in results()["verdicts"])
     assert run["loaded"]["flops_per_image"] is None or "of this GPU" not in done.stdout.str()
+
+
+def test_what_to_know_of_a_cold_load_stands_with_its_verdict(judged, results):
+    """Of each run once, also where it passes."""
+    note = "not a fresh process: what it held was dropped"
+    judged(default=runs(seen(matmul=790.0), (1.0,), cold_notes=[note]))
+    done = judged.run("nvfp4", "-k", "cold", "--zimage-runs=2")
+    done.assert_outcomes(passed=1, deselected=2)
+    done.stdout.fnmatch_lines([f"NOTE: cold load of nvfp4: {note}"])
+    (verdict,) = results()["verdicts"]
+    assert verdict["notes"].count(note) == 1
+    judged(default=[{**run, "cold": 30.0} for run in runs(seen(matmul=790.0), (1.0,), cold_notes=[note])])
+    judged.run("nvfp4", "-k", "cold").stdout.fnmatch_lines(["nvfp4 cold load *: SLOWER*", f"  notes * {note}"])
+    assert note not in judged.run("nvfp4", "-k", "warm").stdout.str(), "nobody asked for it"

@@ -121,7 +121,15 @@ def _printed_pairs(metric: Metric, evidence: Evidence, found: Found, printed: Pu
             f"{found.path}: {metric.name} was printed for {named(list(prompts))}, not for {named(strangers)}",
             mend="judge the published prompt set, or record a baseline of your own: --update-baselines",
         )
-    pairs = [pair_name(prompt, seed) for prompt in prompts for seed in printed.seeds]
+    pairs = [
+        pair_name(name, seed) for name, prompt in prompts.items() for seed in prompt.seeds if seed in printed.seeds
+    ]
+    if len(pairs) != printed.n:
+        raise BaselineError(
+            f"{found.path}: {metric.name} was printed for {printed.n} images, and its prompts and seeds are of"
+            f" {len(pairs)}",
+            mend="correct n, seeds or prompts as printed",
+        )
     missing = [pair for pair in pairs if pair not in evidence.pairs]
     if missing:
         raise MeasurementError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -85,6 +86,15 @@ def _memory(gib: float) -> MetricBaseline:
     return MetricBaseline(unit="bytes", published=Published(n=1, mean=float(round(gib * _GIB))))
 
 
+def write_files(baselines: Iterable[Baseline], folder: Path) -> None:
+    """Write each where it belongs below `folder`, replacing what is there, and print where that is."""
+    for baseline in baselines:
+        path = folder / baseline.key.path()
+        with locked(path.parent):
+            write_atomically(path, to_bytes(baseline))
+        print(path)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="write published figures as baseline files")
     parser.add_argument("table", type=Path)
@@ -104,11 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if options.quality is not None:
             baselines = add_quality(baselines, read_quality(options.quality), load_catalog(), options.prompts)
-        for baseline in baselines:
-            path = options.baselines / baseline.key.path()
-            with locked(path.parent):
-                write_atomically(path, to_bytes(baseline))
-            print(path)
+        write_files(baselines, options.baselines)
     except ZImageError as error:
         print(error, file=sys.stderr)
         return 1

@@ -45,7 +45,7 @@ def _check_kind(where: str, stored: MetricBaseline, metric: Metric, refuse: Refu
     for field in ("scorer", "unfit", "images", "margin", "ceiling"):
         if getattr(stored, field):
             refuse(f"{where}.{field}", f"does not belong to a metric that is {metric.kind}")
-    if stored.published is not None and (stored.published.by_prompt or stored.published.seeds):
+    if (printed := stored.published) is not None and (printed.by_prompt or printed.seeds or printed.bare):
         refuse(f"{where}.published.by_prompt", f"does not belong to a metric that is {metric.kind}")
 
 
@@ -61,6 +61,8 @@ def _check_printed(where: str, printed: Published, metric: Metric, refuse: Refus
     _check_score(f"{where}.mean", printed.mean, metric, refuse)
     if not printed.seeds:
         refuse(f"{where}.seeds", "is empty; image scores are compared for the same seeds only")
+    if printed.bare and (printed.std or printed.by_prompt):
+        refuse(f"{where}.bare", "is set, though there is more than a mean")
     for prompt, mean in printed.by_prompt.items():
         _check_score(f"{where}.by_prompt.{prompt}", mean, metric, refuse)
     if printed.by_prompt:

@@ -60,7 +60,9 @@ class Published(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, o
     by_prompt: dict[str, float] = {}
     """Image scores only: the mean over `seeds` of each prompt, where it was printed."""
     seeds: tuple[int, ...] = ()
-    """Image scores only: the seeds of every prompt."""
+    """Image scores only: what was drawn, of each prompt those of these that are its own."""
+    bare: bool = False
+    """Image scores only: the mean was printed without a standard deviation."""
     source: str = ""
     """Where it was printed, if not where the file's provenance says."""
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from pytest_zimage.baselines.images import previews_folder, prune_previews, put_previews
 from pytest_zimage.baselines.layers import IMAGES, Layer, layer_key, layer_of, layer_of_images
@@ -82,13 +82,16 @@ class BaselineStore:
         """The baseline of `metric`, or why there is none yet.
 
         Raises `BaselineError` for a file that cannot be trusted, and where the folder of `key` holds baselines but none
-        of this variant or metric: that is a gap, not a beginning. A metric that is not `required` leaves no gap.
+        of this variant or metric: that is a gap, not a beginning. A metric that is not `required` leaves no gap, nor
+        does what a published table never printed.
         """
         layer, path = self.locate(key, metric)
         stored_key = layer_key(key, layer)
         if not any(path.parent.glob("*.json")):
             return Absent(reason=f"no baselines in {path.parent}")
         if not path.is_file():
+            if self._only_published(path.parent, stored_key):
+                return Absent(reason=f"the published table has no {key.variant} ({path.parent})")
             raise BaselineError(
                 f"{path}: is missing, though the folder holds baselines of other variants",
                 mend=f"record it: --zimage-config {key.variant} --update-baselines --update-mode new",
@@ -98,6 +101,8 @@ class BaselineStore:
             theirs = baseline.environment.get(MACHINE, "an unnamed machine")
             return Absent(reason=f"{path} was recorded on another machine ({theirs}; this is {self._machine})")
         if metric not in baseline.metrics:
+            if baseline.provenance.kind == "published":
+                return Absent(reason=f"the published table has no {metric} for {key.variant} ({path})")
             if not self._catalog.metrics[metric].required:
                 return Absent(reason=f"{path} has no {metric}, which is judged only where it was recorded")
             raise BaselineError(
@@ -121,7 +126,7 @@ class BaselineStore:
         for other in sorted(path.parent.glob("*.json")):
             if other == path:
                 continue
-            other_key = msgspec.structs.replace(layer_key(key, layer), variant=other.stem)
+            other_key = structs.replace(layer_key(key, layer), variant=other.stem)
             try:
                 baseline = read_baseline(other, other_key, self._catalog.metrics)
             except BaselineError as error:
@@ -206,10 +211,21 @@ class BaselineStore:
         """Whether this machine recorded it."""
         return baseline.environment.get(MACHINE) == self._machine
 
+    def _only_published(self, folder: Path, key: Key) -> bool:
+        """Whether every baseline of `folder` can be read and was printed, not measured."""
+        for path in folder.glob("*.json"):
+            try:
+                stored = read_baseline(path, structs.replace(key, variant=path.stem), self._catalog.metrics)
+            except BaselineError:
+                return False
+            if stored.provenance.kind != "published":
+                return False
+        return True
+
     def _stamped(self, baseline: Baseline, layer: Layer) -> Baseline:
         if layer != "machine":
             return baseline
-        return msgspec.structs.replace(baseline, environment={**baseline.environment, MACHINE: self._machine})
+        return structs.replace(baseline, environment={**baseline.environment, MACHINE: self._machine})
 
     def _published(self, key: Key) -> Iterator[tuple[Path, Key]]:
         """Files of this device class, workload and variant, with the key that each claims and lies under."""

@@ -221,6 +221,18 @@ def _check_prompts(row: PromptSet, refuse: Callable[[str, str], None]) -> None:
 
 def _cross_check(catalog: Catalog) -> None:
     for variant in catalog.variants.values():
+        for key in ("reference", "twin"):
+            named = getattr(variant, key)
+            if named not in catalog.variants and (named or key == "reference"):
+                raise CatalogError(
+                    f"[variants.{variant.name}]: key {key!r}: no variant {named!r}"
+                    + _did_you_mean(named, catalog.variants),
+                    mend="name one of the catalogue, or add a table of your own",
+                )
+        if variant.twin == variant.name:
+            raise CatalogError(
+                f"[variants.{variant.name}]: key 'twin': it cannot be its own", mend="name another variant, or none"
+            )
         for lane in variant.lanes:
             if lane not in catalog.devices:
                 raise CatalogError(

@@ -52,7 +52,15 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     kernels: Kernels = "comfy"
     """`comfy`: fused qkv and comfy-kitchen's `rms_rope`, as ComfyUI; `plain`: diffusers' own modules."""
     attention: str = "native"
-    """A backend of diffusers' attention dispatch: `native` (torch's choice), `flash`, `sage`, `_native_cudnn`, ..."""
+    """A backend of diffusers' attention dispatch: `native` (torch's choice), `flash`, `sage`, `_native_cudnn`, ... A
+    server gets what its own settings call the same."""
+    reference: str = "bf16"
+    """The variant whose images this one's are held against."""
+    twin: str = ""
+    """The variant of the same weights that multiplies unquantised: equal images mean that this one does so too."""
+    repository: str = ""
+    """Hub repository, or folder, of the whole pipeline in diffusers' layout: what an engine reads that takes no single
+    files."""
     compile: bool = False
     """Compile the transformer's blocks with torch.compile; every run compiles anew, inside its cold load."""
     default: bool = True
@@ -201,6 +209,7 @@ class Metric(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     name: str
     title: str
+    """`{reference}` in it stands for the name of the variant's reference."""
     unit: Unit
     kind: Literal["sampled", "exact", "paired"]
     """`sampled` goes through the decision rule over runs, `paired` through the one over images of the same prompt and

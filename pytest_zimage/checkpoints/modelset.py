@@ -33,7 +33,8 @@ class ModelSet:
 
     name: str
     """`official`, `synthetic-tiny` or `synthetic-full`; part of every baseline's key."""
-    root: Path
+    root: Path | None
+    """None: only a name, for an engine that keeps its own files."""
     dims: ModelDims
     tokenizer: Path | None = None
     """A folder named by the user, for weights without one beside them."""
@@ -54,6 +55,11 @@ class ModelSet:
         Raises `MissingFileError` listing every folder searched and how to get the file; `CheckpointError` for several
         files of that name below one folder, and for one smaller than it was published or recorded.
         """
+        if self.root is None:
+            raise MissingFileError(
+                f"{file_name} ({role}): the model set {self.name!r} was named without a folder",
+                mend="name the folder, in ComfyUI's layout: --zimage-models=DIR",
+            )
         folders = [base / folder for base in self._bases() for folder in ROLE_FOLDERS[role]]
         is_there = Path.is_dir if file_name.endswith("/") else Path.is_file
         for folder in folders:
@@ -80,7 +86,7 @@ class ModelSet:
 
         Returns notes and raises errors as `ensure_model_set`.
         """
-        if not self.managed:
+        if not self.managed or self.root is None:
             return []
         return ensure_model_set(self.name, self.dims, self.root, files, device=device, say=say)
 
@@ -92,7 +98,7 @@ class ModelSet:
         return find_tokenizer(self.tokenizer, self._bases(), use_hub_cache=self.name == OFFICIAL)
 
     def _bases(self) -> list[Path]:
-        return [self.root / base for base in _BASES]
+        return [self.root / base for base in _BASES] if self.root is not None else []
 
     def _checked(self, path: Path) -> Path:
         size = sum(file.stat().st_size for file in weight_files(path))
@@ -113,7 +119,7 @@ class ModelSet:
                 return "it is written when a run needs it; check the file's name"
             return self._write_again()
         known = self.published.get(file_name)
-        target = self.root / ROLE_FOLDERS[role][0]
+        target = self.root / ROLE_FOLDERS[role][0] if self.root is not None else ROLE_FOLDERS[role][0]
         if known is None or not known.source:
             return f"put it into {target}"
         return f"get it from https://huggingface.co/{known.source} and put it into {target}"
@@ -123,7 +129,8 @@ class ModelSet:
 
 
 def open_model_set(spec: str, catalog: Catalog, *, cache: Path, tokenizer: Path | None = None) -> ModelSet:
-    """The model set that `spec` names: `synthetic-tiny`, `synthetic-full`, or a folder in ComfyUI's layout.
+    """The model set that `spec` names: `synthetic-tiny`, `synthetic-full`, or a folder in ComfyUI's layout; and
+    `official` without a folder, for an engine that keeps its own files.
 
     Nothing is written: a synthetic set in `cache` may still need `ensure_model_set`. A folder with the synthetic
     writer's record is that synthetic set. Raises `MissingFileError` for a folder that is not there, `CatalogError` for
@@ -132,6 +139,8 @@ def open_model_set(spec: str, catalog: Catalog, *, cache: Path, tokenizer: Path 
     if spec in SET_NAMES:
         return ModelSet(spec, cache / spec, set_dims(spec, catalog), tokenizer, catalog.files, managed=True)
     root = Path(spec).expanduser()
+    if spec == OFFICIAL and not root.is_dir():
+        return ModelSet(OFFICIAL, None, catalog.models[OFFICIAL], tokenizer, catalog.files)
     if not root.is_dir():
         close = difflib.get_close_matches(spec, SET_NAMES, n=1)
         if close or "/" not in spec:
@@ -179,3 +188,17 @@ def file_fingerprint(path: Path) -> str:
             file.seek((size - _BLOCK_BYTES) * index // (_BLOCKS - 1))
             digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()
+
+
+class Fingerprints:
+    """Fingerprints of files, each file read once: a plan is made for every run and every set of images."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Path, int], str] = {}
+
+    def __call__(self, path: Path) -> str:
+        """The start of `file_fingerprint`."""
+        key = (path, path.stat().st_mtime_ns)
+        if key not in self._known:
+            self._known[key] = file_fingerprint(path)[:16]
+        return self._known[key]

@@ -7,7 +7,7 @@ engines are offered by the hook `pytest_zimage_engines`; nothing after this modu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,9 @@ class RunPlan:
     model_set: str
     dims: ModelDims
     files: dict[Role, Path]
-    tokenizer: Path
+    """Empty where the engine keeps its own weights."""
+    tokenizer: Path | None
+    """None: the engine brings its own."""
     device: str
     """A torch device: `cpu`, or `cuda:0` with only that GPU visible."""
     gpu: str
@@ -54,16 +56,59 @@ class RunPlan:
     """Longest silence before the engine's process counts as hung."""
     fit: FitPlan
     """When the machine is fit to be timed, and how long to wait until it is."""
-    reading: Callable[[ReportProgress], AbstractContextManager[None]] = lambda progress: nullcontext()
-    """Holds the disk of the files: entered before their page cache is emptied, left once they are loaded."""
+    disks: Callable[[Collection[Path], ReportProgress], AbstractContextManager[None]] = lambda files, _: nullcontext()
+    """Holds the disks that files lie on."""
     arrived: Callable[[DrawnImage], None] = lambda image: None
     """Called with those of `images` that are on disk while others are still drawn; an engine need not."""
+    same_schedule: bool = False
+    """Draw on exactly the workload's noise levels, even where the engine needs another number of steps for them: for
+    images that are held against another engine's."""
+
+    def reading(self, progress: ReportProgress) -> AbstractContextManager[None]:
+        """Holds the disks of `files`: entered before their page cache is emptied, left once they are loaded."""
+        return self.disks(self.files.values(), progress)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What runs where the user does not say: names of the catalogue."""
+
+    variants: tuple[str, ...] = ()
+    """Names, globs and `@tags`; empty: the catalogue's default ones."""
+    workload: str = "turbo-1024"
+    tiny_workload: str = "turbo-tiny"
+    """For `synthetic-tiny`."""
+    prompts: str = "quality-6x3"
 
 
 class Engine(ABC):
     """Draws one variant in a process of its own."""
 
     name: str
+    defaults = Defaults()
+    needs_files = True
+    """Whether the model set's files must be on this host; else `RunPlan.files` may be empty."""
+    needs_tokenizer = True
+    """Else `RunPlan.tokenizer` may be None."""
+    draws_here = True
+    """Whether the packages beside this process draw; else their versions are no facts of a run."""
+    images_last = False
+    """Whether its images may serve a later session too: nothing decides them but what the plan's environment tells."""
+
+    @property
+    def way(self) -> str:
+        """How it comes to draw, for a person."""
+        return "in a process of its own, started for every run"
+
+    def refuse(self, variant: Variant, workload: Workload) -> None:  # noqa: B027 - an engine may find out as it draws
+        """Raises `UnsupportedError` for what it can never draw, whatever the machine."""
+
+    def refuse_choice(self, variants: Sequence[Variant]) -> None:  # noqa: B027 - most draw whatever a session names
+        """Raises `UnsupportedError` where no session can draw all of these, before any of them is drawn."""
+
+    def reads(self, variant: Variant, model_set: str) -> str:
+        """Which weights it reads where `needs_files` is false, for a person; raises a `ZImageError` without any."""
+        return "weights of its own keeping"
 
     @abstractmethod
     def run(self, plan: RunPlan, progress: ReportProgress) -> RunRecord:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
 from msgspec import structs
 
 from pytest_zimage.engines.protocol import ImageJob
+
+if TYPE_CHECKING:
+    import torch
 
 
 def misdirected(jobs: Sequence[ImageJob], fault: str) -> list[ImageJob]:
@@ -24,6 +27,8 @@ def misdirected(jobs: Sequence[ImageJob], fault: str) -> list[ImageJob]:
 
 def damaged(pixels: torch.Tensor, fault: str, seed: int) -> torch.Tensor:
     """`pixels`, uint8 `[H, W, 3]`, as `fault` leaves them: black, or with noise of that standard deviation (of 1)."""
+    import torch
+
     if fault == "black":
         return torch.zeros_like(pixels)
     kind, _, amount = fault.partition(":")

@@ -70,11 +70,11 @@ class Guard:
         return self
 
     def timed(
-        self, block: Callable[[], Timed], *, worker: int, canary: Callable[[], CanaryTimed] | None = None
+        self, block: Callable[[], Timed], *, worker: int | None, canary: Callable[[], CanaryTimed] | None = None
     ) -> tuple[Timed, Fitness]:
         """What `block` gives, timed on a fit machine as far as waiting can make it one, and what was seen of it.
 
-        `worker` is the process that holds device memory.
+        `worker` is the process that holds device memory, or from which the one descends that does; None: not known.
         """
         budget_s = self._left_s
         retried = False
@@ -122,10 +122,11 @@ class Guard:
 
 
 @contextmanager
-def guarding(plan: FitPlan, gpu: str, progress: ReportProgress) -> Iterator[Guard]:
+def guarding(plan: FitPlan, gpu: str, progress: ReportProgress, also: int | None = None) -> Iterator[Guard]:
     """The guard of a run on the GPU with NVML's UUID `gpu`; on entry the machine is as fit as waiting can make it.
 
-    Enter it before any process of the run is started: what holds device memory by then is not of the run.
+    Enter it before any process of the run is started: what holds device memory by then is not of the run, but for
+    `also` and what descends from it, a server that ran already.
     """
-    with observing(gpu, plan.root_pid) as observer:
+    with observing(gpu, plan.root_pid, also) as observer:
         yield Guard(plan, observer, progress).before_load()

@@ -41,6 +41,7 @@ class LocalEngine(Engine):
     """Draws with diffusers and comfy-kitchen in a child process of this one."""
 
     name = "diffusers"
+    images_last = True
 
     def __init__(self) -> None:
         self._server: ForkServer | None = None

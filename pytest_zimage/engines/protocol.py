@@ -135,7 +135,8 @@ class Loaded(Struct, frozen=True, tag=True):
     """`read`, `build`, `to_device`: adds up to the load without the first image."""
     load_s: float
     weight_bytes: dict[str, int]
-    """Bytes held by the three networks, by storage type (`bfloat16`, `float8_e4m3fn`, `nvfp4`, ...)."""
+    """Bytes held by the three networks, by storage type (`bfloat16`, `float8_e4m3fn`, `nvfp4`, ...); empty, as the next
+    two: this engine does not say."""
     tensors: dict[str, int]
     """Number of weight tensors by storage type, all three networks."""
     compute: dict[str, int]
@@ -154,9 +155,13 @@ class Round(Struct, frozen=True):
     seconds: float
     phases_s: dict[str, float]
     """`text_encode`, `step_1`..`step_N`, `vae_decode`, `to_image`."""
-    forwards: int
-    """Transformer forwards counted during this image."""
+    forwards: int | None
+    """Transformer forwards counted during this image; None: this engine does not count them."""
     pixels_sha256: str
+    seed: int | None = None
+    """What it was drawn from, where rounds differ in it; None: the workload's."""
+    beside_s: dict[str, float] = {}
+    """Other clocks of the same image, shown and never judged: `client`, `queue`, `png`."""
 
 
 class Drawn(Struct, frozen=True, tag=True):
@@ -194,9 +199,9 @@ class Traced(Struct, frozen=True, tag=True):
 
 
 class Reported(Struct, frozen=True, tag=True):
-    """Peaks since the worker started. None: this machine cannot say; `notes` says why."""
+    """Peaks since the worker started. None: this machine cannot say; `unavailable`, or else `notes`, says why."""
 
-    rss_peak_bytes: int
+    rss_peak_bytes: int | None
     rss_peak_source: str
     rss_sampled_peak_bytes: int | None
     device_peak_bytes: int | None
@@ -205,6 +210,8 @@ class Reported(Struct, frozen=True, tag=True):
     notes: tuple[str, ...] = ()
     device_held_bytes: int | None = None
     """What tensors ask of the device between images, after all were drawn: weights, and whatever stays beside them."""
+    unavailable: dict[str, str] = {}
+    """By metric, why it cannot be judged: its figure is None, or is not of this run alone."""
 
 
 class Closed(Struct, frozen=True, tag=True):

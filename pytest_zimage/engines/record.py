@@ -26,6 +26,8 @@ class ColdLoad(Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
     fitness: Fitness | None = None
     """The machine before it began; None: this engine does not look."""
+    unavailable: str = ""
+    """Why this was no cold load and cannot be judged as one: a server that ran already and cannot unload."""
 
 
 class RunRecord(Struct, frozen=True, kw_only=True):
@@ -40,9 +42,11 @@ class RunRecord(Struct, frozen=True, kw_only=True):
     rounds: tuple[Round, ...]
     cold: ColdLoad
     memory: Reported
-    rss_idle_bytes: int
+    rss_idle_bytes: int | None
+    """None: the process cannot be looked at from here."""
     loaded: Loaded
-    disk_bytes: int
+    disk_bytes: int | None
+    """None: the files are not on this host."""
     environment: dict[str, str]
     inject: Injection = Injection()
     fitness: Fitness | None = None
@@ -51,6 +55,12 @@ class RunRecord(Struct, frozen=True, kw_only=True):
     """Calls of one untimed image by `operation: backend`, as `Traced` has them; None: this engine does not trace."""
     dequantised: dict[str, int] = {}
     """Calls in that image of layers that dequantised instead of computing quantised, by layer."""
+    emulated: tuple[str, ...] = ()
+    """Quantised formats that the engine says this machine computes by dequantising: `nvfp4`, `mxfp8`."""
+    unquantised: tuple[str, ...] = ()
+    """Why products of this variant may not be quantised here, as far as the engine knows."""
+    faults: dict[str, int] = {}
+    """Requests that failed and were made anew, by kind: `dropped connection`, `status 500`, ...; none is a round."""
     images: tuple[DrawnImage, ...] = ()
     """Drawn for quality after everything else was measured."""
     device_left_bytes: int | None = None

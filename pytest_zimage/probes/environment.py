@@ -38,6 +38,8 @@ PACKAGES = (
     "transformers",
     "triton",
 )
+_WHEEL = "comfy-kitchen_wheel"
+_PACKAGE_KEYS = frozenset({*PACKAGES, _WHEEL, "python"})
 ABSENT = "(absent)"
 UNRECORDED = "(not recorded)"
 _NEVER_MATTERS = frozenset({"started_at", "finished_at", "recorded_at", "wall_s", "pid"})
@@ -96,7 +98,7 @@ def slow_kitchen(found: Mapping[str, str]) -> str:
 
     pip takes the pure-Python wheel without a word where no other fits: everything still works, slowly.
     """
-    wheel, backends = found.get("comfy-kitchen_wheel", ""), found.get("comfy-kitchen_backends")
+    wheel, backends = found.get(_WHEEL, ""), found.get("comfy-kitchen_backends")
     usable = backends is None or "cuda" in backends.split(",")
     if "device_capability" not in found or (usable and "py3-none-any" not in wheel):
         return ""
@@ -134,8 +136,13 @@ def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
             continue
         found[name] = distribution.version
         if name == "comfy-kitchen":
-            found["comfy-kitchen_wheel"] = wheel_tags(distribution.read_text("WHEEL") or "")
+            found[_WHEEL] = wheel_tags(distribution.read_text("WHEEL") or "")
     return found
+
+
+def without_packages(found: Mapping[str, str]) -> dict[str, str]:
+    """`found` without Python and packages, for an engine that draws with others than those of this process."""
+    return {key: value for key, value in found.items() if key not in _PACKAGE_KEYS}
 
 
 def wheel_tags(wheel: str) -> str:

@@ -31,25 +31,26 @@ class HostLoad:
     def __init__(
         self,
         root_pid: int,
+        also: int | None = None,
         *,
-        read: Callable[[int], Cores] | None = None,
+        read: Callable[..., Cores] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         cores: int | None = None,
     ) -> None:
-        """`root_pid` is the process that the session's others descend from."""
-        self._root_pid = root_pid
+        """`root_pid` is the process that the session's others descend from, `also` one beside it."""
+        self._roots = [pid for pid in (root_pid, also) if pid is not None]
         self._read = read or core_times
         self._clock, self._sleep = clock, sleep
         # Of the machine and not of a container, as what the kernel counts is.
         self._cores = cores or os.cpu_count() or 1
-        self._since_s, self._then = clock(), self._read(root_pid)
+        self._since_s, self._then = clock(), self._read(*self._roots)
 
     def others(self) -> float | None:
         """Share of the cores that others kept busy since the last call, 0 to 1; None where the kernel counts none."""
         if (short_s := _SHORTEST_S - (self._clock() - self._since_s)) > 0:
             self._sleep(short_s)
-        now_s, now = self._clock(), self._read(self._root_pid)
+        now_s, now = self._clock(), self._read(*self._roots)
         passed_s, self._since_s = now_s - self._since_s, now_s
         all_s, own_s = now.all_s - self._then.all_s, now.own_s - self._then.own_s
         self._then = now
@@ -58,14 +59,14 @@ class HostLoad:
         return min(max((all_s - own_s) / (passed_s * self._cores), 0.0), 1.0)
 
 
-def core_times(root_pid: int) -> Cores:
+def core_times(*root_pids: int) -> Cores:
     """The kernel's own counts; a process that ended is in its parent's."""
     times = psutil.cpu_times()
     idle_s = times.idle + getattr(times, "iowait", 0.0)
     # A guest's time is in user's already, and steal is not work of this machine.
     counted_twice_s = sum(getattr(times, name, 0.0) for name in ("guest", "guest_nice", "steal"))
     own_s = 0.0
-    for process in own_processes(root_pid):
+    for process in {process.pid: process for root in root_pids for process in own_processes(root)}.values():
         try:
             own = process.cpu_times()
         except psutil.Error:

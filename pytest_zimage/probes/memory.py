@@ -239,10 +239,9 @@ def peaks(sampler: MemorySampler, torch: Any = None, device: str = "cpu") -> Rep
     allocated, reserved = device_peaks(torch, device) if torch is not None else (None, None)
     if sampler.failure:
         notes.append(sampler.failure)
-    if sampler.nvml is not None:
-        notes += sampler.nvml.notes()
-    elif sampler.no_nvml:
-        notes.append(sampler.no_nvml)
+    no_nvml = "; ".join(sampler.nvml.notes()) if sampler.nvml is not None else sampler.no_nvml
+    if no_nvml:
+        notes.append(no_nvml)
     if allocated == 0:
         notes.append(f"torch allocated nothing on {device}")
     if torch is not None and shares_memory(torch, device):
@@ -256,4 +255,5 @@ def peaks(sampler: MemorySampler, torch: Any = None, device: str = "cpu") -> Rep
         nvml_process_peak_bytes=sampler.nvml.peak_bytes if sampler.nvml else None,
         device_held_bytes=device_held(torch, device) if torch is not None else None,
         notes=tuple(notes),
+        unavailable={"gpu_process_peak": no_nvml} if no_nvml else {},
     )

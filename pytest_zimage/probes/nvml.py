@@ -7,7 +7,7 @@ scripted one can stand in for it. Sizes are bytes.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -130,14 +130,18 @@ def _slices(lib: Any, handle: Any) -> Iterator[Any]:
 
 
 class ProcessMemory:
-    """Device memory of one process as the driver accounts for it, polled; keeps the peak.
+    """Device memory of one process, or of several together, as the driver accounts for it, polled; keeps the peak.
 
     Answers on GB10 too, where the device's own memory total does not.
     """
 
-    def __init__(self, nvml: Nvml, pid: int, uuid: str = "") -> None:
-        """`uuid` limits the question to one device; without it, every device is asked and the answers summed."""
-        self._lib, self._pid = nvml.lib, pid
+    def __init__(self, nvml: Nvml, pid: int | Callable[[], Collection[int]], uuid: str = "") -> None:
+        """`pid` is one process, or gives those there are at the moment, whose sum is meant.
+
+        `uuid` limits the question to one device; without it, every device is asked and the answers summed.
+        """
+        self._lib = nvml.lib
+        self._pids: Callable[[], Collection[int]] = pid if callable(pid) else lambda: (pid,)
         self._handles = list(self._pick(uuid))
         self.peak_bytes: int | None = None
         self.others = 0
@@ -156,6 +160,7 @@ class ProcessMemory:
         """Asks once; never raises, a refusal is kept for `notes`."""
         used: int | None = None
         others = 0
+        pids = self._pids()
         for handle in self._handles:
             try:
                 processes = self._lib.nvmlDeviceGetComputeRunningProcesses(handle)
@@ -163,7 +168,7 @@ class ProcessMemory:
                 self._refusal = f"NVML per-process memory: {error}"
                 continue
             for process in processes:
-                if process.pid != self._pid:
+                if process.pid not in pids:
                     others += 1
                 elif process.usedGpuMemory in (None, _NOT_AVAILABLE):
                     self._refusal = "NVML lists this process without its memory"
@@ -179,8 +184,9 @@ class ProcessMemory:
             return ()
         if self._refusal:
             return (self._refusal,)
+        pids = ", ".join(map(str, sorted(self._pids())))
         return (
-            f"NVML never listed process {self._pid} ({self.others} others seen): it held no device memory, "
+            f"NVML never listed process {pids} ({self.others} others seen): it held no device memory, "
             "or a container hides its real process number",
         )
 

@@ -35,24 +35,28 @@ class Strangers:
     def __init__(
         self,
         root_pid: int,
+        also: int | None = None,
         *,
         own: Callable[[int], Iterable[int]] | None = None,
         name: Callable[[int], str] | None = None,
     ) -> None:
-        self._root_pid = root_pid
+        """`also` is a process that is of the session though it does not descend from `root_pid`."""
+        self._roots = [pid for pid in (root_pid, also) if pid is not None]
         self._own = own or (lambda root: (process.pid for process in own_processes(root)))
         self._name = name or process_name
         self._ours: set[int] = set()
         self._earlier: set[int] = set()
 
     def among(self, listed: Mapping[int, int | None], worker: int | None) -> tuple[tuple[GpuProcess, ...], str]:
-        """Those of others, and what cannot be told. `worker` is the session's process that holds device memory."""
+        """Those of others, and what cannot be told. `worker` is the session's process that holds device memory, or
+        whose descendant does."""
         if not self._ours.issuperset(listed):
-            self._ours.update(self._own(self._root_pid))
+            for root in self._roots:
+                self._ours.update(self._own(root))
         others = {pid: size for pid, size in listed.items() if pid not in self._ours}
         if worker is None:
             self._earlier.update(others)
-        elif worker not in listed:
+        elif self._ours.isdisjoint(listed):
             since = others.keys() - self._earlier
             # Numbers of another process table mean something else, or nothing, in this one.
             known = tuple(GpuProcess(pid, "", size) for pid, size in sorted(others.items()) if pid not in since)
@@ -175,9 +179,12 @@ def worse(one: Reading, other: Reading) -> Reading:
 
 
 @contextmanager
-def observing(gpu: str, root_pid: int, *, lib: Any = None) -> Iterator[Observer]:
-    """An observer of the machine, and of the GPU with NVML's UUID `gpu` if not empty; `lib` stands in for pynvml."""
-    host, strangers = HostLoad(root_pid), Strangers(root_pid)
+def observing(gpu: str, root_pid: int, also: int | None = None, *, lib: Any = None) -> Iterator[Observer]:
+    """An observer of the machine, and of the GPU with NVML's UUID `gpu` if not empty; `lib` stands in for pynvml.
+
+    The session's own are `root_pid`, `also` and all that descends from them.
+    """
+    host, strangers = HostLoad(root_pid, also), Strangers(root_pid, also)
     if not gpu:
         yield Observer(None, host, strangers, unknown=("no GPU, so nothing was asked of one",))
         return

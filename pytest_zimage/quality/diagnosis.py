@@ -29,7 +29,7 @@ _LIKE = 0.15
 
 
 class Drawn(Struct, frozen=True):
-    """One image and its bf16 twin of the same prompt and seed."""
+    """One image, and its reference's of the same prompt and seed."""
 
     prompt: str
     seed: int
@@ -38,12 +38,15 @@ class Drawn(Struct, frozen=True):
     fingerprint: str
 
 
-def causes(images: Sequence[Drawn], recorded: Mapping[str, str]) -> list[str]:
-    """Sentences for a report, the most certain first; `recorded` maps `prompt/seed` to the baseline's fingerprint."""
+def causes(images: Sequence[Drawn], recorded: Mapping[str, str], reference: str = "bf16") -> list[str]:
+    """Sentences for a report, the most certain first.
+
+    `recorded` maps `prompt/seed` to the baseline's fingerprint, `reference` is the variant of the reference images.
+    """
     swapped = _recorded_elsewhere(images, recorded)
     if swapped:
         return [swapped]
-    found = [_grain(images), _like_another_prompt(images), _like_another_seed(images)]
+    found = [_grain(images, reference), _like_another_prompt(images), _like_another_seed(images, reference)]
     return [cause for cause in found if cause]
 
 
@@ -62,7 +65,7 @@ def _recorded_elsewhere(images: Sequence[Drawn], recorded: Mapping[str, str]) ->
     return f"{what}: {len(moved)} of {len(images)} images are bit for bit another's: {told}"
 
 
-def _grain(images: Sequence[Drawn]) -> str:
+def _grain(images: Sequence[Drawn], reference: str) -> str:
     from statistics import median
 
     # Independent noises add by their squares.
@@ -73,7 +76,8 @@ def _grain(images: Sequence[Drawn]) -> str:
         return ""
     sd = median(extra)
     return (
-        f"noise lies over {noisy} of {len(images)} images: about {sd:.0f} of 255 ({sd / 255:.2f}) more than over bf16's"
+        f"noise lies over {noisy} of {len(images)} images: about {sd:.0f} of 255 ({sd / 255:.2f}) more than over"
+        f" {reference}'s"
     )
 
 
@@ -90,7 +94,7 @@ def _noise(pixels: Pixels) -> float:
 
 
 def _like_another_prompt(images: Sequence[Drawn]) -> str:
-    """Images that look like bf16's of another prompt with the same seed rather than of their own."""
+    """Images that look like the reference's of another prompt with the same seed rather than of their own."""
     thumbs = {(image.prompt, image.seed): _thumb(image.reference) for image in images}
     strays: list[str] = []
     for image in images:
@@ -106,8 +110,8 @@ def _like_another_prompt(images: Sequence[Drawn]) -> str:
     return f"the prompts are swapped: {len(strays)} of {len(images)} images look like another prompt's: {strays[0]}"
 
 
-def _like_another_seed(images: Sequence[Drawn]) -> str:
-    """Images no closer to bf16's of their seed than bf16's of different seeds are to each other."""
+def _like_another_seed(images: Sequence[Drawn], reference: str) -> str:
+    """Images no closer to the reference's of their seed than those of different seeds are to each other."""
     from statistics import median
 
     thumbs = {(image.prompt, image.seed): _thumb(image.reference) for image in images}
@@ -116,8 +120,8 @@ def _like_another_seed(images: Sequence[Drawn]) -> str:
     if not apart or median(own) > (1 + median(apart)) / 2:
         return ""
     return (
-        "the composition is another: with bf16's image of the same seed these correlate by"
-        f" {median(own):.2f}, bf16's images of different seeds with each other by {median(apart):.2f};"
+        f"the composition is another: with {reference}'s image of the same seed these correlate by"
+        f" {median(own):.2f}, {reference}'s images of different seeds with each other by {median(apart):.2f};"
         " the seed, the noise generator or the latent's size has changed, not the precision"
     )
 

@@ -1,4 +1,4 @@
-"""The constants of the image checks and of the controls, from `limits.toml`, where each has its reason."""
+"""Constants of the image checks, the controls and the parity of engines, from `limits.toml`: each with its reason."""
 
 from __future__ import annotations
 
@@ -27,11 +27,19 @@ class ControlLimits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """On the scale of the cosine, -1 to 1."""
 
 
+class ParityLimits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Least PSNR, in dB, between the pictures of two engines that compute in the same precision."""
+
+    float32: float
+    bfloat16: float
+
+
 class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Both."""
+    """All of them."""
 
     image: ImageLimits
     controls: ControlLimits
+    parity: ParityLimits
 
 
 def load_limits() -> Limits:

@@ -30,8 +30,12 @@ class Sample(Struct, frozen=True, kw_only=True):
     """How fast the device was around the rounds, where it was timed."""
     device: str = ""
     """Which GPU of its kind took the rounds; empty where there is none, or it is not known."""
+    notes: tuple[str, ...] = ()
+    """What to know of how it was taken."""
     unavailable: str = ""
     """Why this engine or machine cannot say; then there is neither rounds nor an exact value."""
+    not_its_own: bool = False
+    """`unavailable` though a figure was seen: it is not of this run alone, so none has vanished."""
 
 
 def take(metric: str, record: RunRecord) -> Sample:
@@ -64,33 +68,58 @@ def _warm_latency(record: RunRecord) -> Sample:
 
 
 def _cold_load(record: RunRecord) -> Sample:
+    if record.cold.unavailable:
+        return Sample(unavailable=record.cold.unavailable)
     total = _positive(record, "cold_load", record.cold.total_s)
-    return Sample(rounds=(total,), phases=dict(record.cold.phases_s), emptied=record.cold.emptied)
+    cold = record.cold
+    return Sample(rounds=(total,), phases=dict(cold.phases_s), emptied=cold.emptied, notes=cold.notes)
 
 
 def _rss_peak(record: RunRecord) -> Sample:
-    return Sample(rounds=(_positive(record, "rss_peak", _peak(record)),))
+    return _size(record, "rss_peak", _peak(record), _NO_PROCESS.format(record.engine))
 
 
 def _working_set(record: RunRecord) -> Sample:
-    idle = _positive(record, "working_set", record.rss_idle_bytes)
-    return Sample(rounds=(_positive(record, "working_set", _peak(record) - idle),))
+    peak, idle = _peak(record), record.rss_idle_bytes
+    held = None if peak is None or idle is None else peak - _positive(record, "working_set", idle)
+    return _size(record, "working_set", held, _NO_PROCESS.format(record.engine))
 
 
 def _device_peak(record: RunRecord) -> Sample:
-    peak = record.memory.device_peak_bytes
-    if peak is None:
-        why = "; ".join(record.memory.notes) or f"{record.engine} on {record.device} reports no device memory"
-        return Sample(unavailable=why)
-    return Sample(rounds=(_positive(record, "device_peak", peak),))
+    why = f"{record.engine} on {record.device} reports no device memory"
+    return _size(record, "device_peak", record.memory.device_peak_bytes, why)
+
+
+def _gpu_process_peak(record: RunRecord) -> Sample:
+    why = f"NVML lists no process of {record.engine} on {record.device}"
+    return _size(record, "gpu_process_peak", record.memory.nvml_process_peak_bytes, why)
+
+
+_NO_PROCESS = "{} does not say which process draws"
+
+
+def _size(record: RunRecord, metric: str, size: float | None, otherwise: str) -> Sample:
+    """The sample of a size in bytes; `otherwise` is why there is none where the engine does not say."""
+    reason = record.memory.unavailable.get(metric, "")
+    if reason:
+        return Sample(unavailable=reason, not_its_own=size is not None)
+    if size is None:
+        # An engine that tells no reason by metric tells it among its notes.
+        return Sample(unavailable=("" if record.memory.unavailable else "; ".join(record.memory.notes)) or otherwise)
+    return Sample(rounds=(_positive(record, metric, size),))
 
 
 def _disk_bytes(record: RunRecord) -> Sample:
+    if record.disk_bytes is None:
+        return Sample(unavailable=f"the files that {record.engine} reads are not on this host")
     return Sample(exact=int(_positive(record, "disk_bytes", record.disk_bytes)))
 
 
 def _forwards(record: RunRecord) -> Sample:
-    counts = sorted({round_.forwards for round_ in _rounds(record)})
+    seen = {round_.forwards for round_ in _rounds(record)}
+    if None in seen:
+        return Sample(unavailable=f"{record.engine} does not count forwards")
+    counts = sorted(count for count in seen if count is not None)
     if len(counts) > 1:
         raise MeasurementError(
             f"{_where(record)}: forwards differ between rounds: {', '.join(map(str, counts))}",
@@ -125,6 +154,7 @@ _TAKERS: dict[str, Callable[[RunRecord], Sample]] = {
     "rss_peak": _rss_peak,
     "working_set": _working_set,
     "device_peak": _device_peak,
+    "gpu_process_peak": _gpu_process_peak,
     "disk_bytes": _disk_bytes,
     "weight_bytes": _counts("weight_bytes", lambda record: record.loaded.weight_bytes),
     "tensors": _counts("tensors", lambda record: record.loaded.tensors),
@@ -134,9 +164,10 @@ _TAKERS: dict[str, Callable[[RunRecord], Sample]] = {
 }
 
 
-def _peak(record: RunRecord) -> int:
+def _peak(record: RunRecord) -> int | None:
     """The kernel's mark and the sampler see the same process; the higher one is right."""
-    return max(record.memory.rss_peak_bytes, record.memory.rss_sampled_peak_bytes or 0)
+    seen = (record.memory.rss_peak_bytes, record.memory.rss_sampled_peak_bytes)
+    return max((size for size in seen if size is not None), default=None)
 
 
 def _rounds(record: RunRecord) -> tuple[Round, ...]:

@@ -5,6 +5,10 @@ Where the mean of each prompt was printed, over seeds that were drawn here too, 
 compared, whose spread is that between prompts:
 
     SE^2 = std^2 / n + sd(new)^2 / k,  t quantiles with Welch's degrees of freedom
+
+Where a bare mean was printed, nothing tells chance from change. Its images are of the same prompts and seeds as these,
+so a mean worse by more than the guard says that at least one single image is, which is a regression by the rule of
+pairs; one that is worse by less than the margin passes; between them no answer is possible.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import Protocol
 from msgspec import structs
 
 from pytest_zimage.errors import BaselineError, MeasurementError
-from pytest_zimage.verdict.model import Judgement
+from pytest_zimage.verdict.model import Judgement, Outcome
 from pytest_zimage.verdict.paired import PairRule, judge_paired, judgement, prompt_of, take_pairs
 
 
@@ -30,6 +34,8 @@ class PrintedScores(Protocol):
     def mean(self) -> float: ...
     @property
     def std(self) -> float: ...
+    @property
+    def bare(self) -> bool: ...
     @property
     def by_prompt(self) -> Mapping[str, float]: ...
 
@@ -46,6 +52,8 @@ def judge_printed(
 
     Raises `MeasurementError` for a pair without a score and `BaselineError` for a table without what it takes.
     """
+    if printed.bare:
+        return _by_bare_mean(new, printed, pairs, rule, unfit or {})
     take_pairs(new, [p for p in pairs if prompt_of(p) not in (unfit or {})], "measurement", MeasurementError, rule.cap)
     if printed.by_prompt:
         verdict = _by_prompt(new, printed, pairs, rule, unfit or {})
@@ -86,10 +94,7 @@ def _by_mean(
     from pytest_zimage.verdict import pair_core
 
     if unfit:
-        why = "; ".join(f"{prompt}: {reason}" for prompt, reason in unfit.items())
-        return Judgement(
-            outcome="unfit", scale="absolute", notes=(f"the printed mean cannot be taken without a prompt; {why}",)
-        )
+        return _lacking(unfit)
     if printed.std <= 0 or printed.n < 2:
         raise BaselineError(
             f"{rule.metric}: the published mean {printed.mean} has no standard deviation",
@@ -113,3 +118,43 @@ def _by_mean(
     )
     verdict = judgement(decision, scores, [printed.mean], rule, further=False)
     return structs.replace(verdict, k_base=printed.n)
+
+
+def _by_bare_mean(
+    new: Mapping[str, float], printed: PrintedScores, pairs: Sequence[str], rule: PairRule, unfit: Mapping[str, str]
+) -> Judgement:
+    if unfit:
+        return _lacking(unfit)
+    scores = take_pairs(new, pairs, "measurement", MeasurementError, rule.cap)
+    mean = statistics.fmean(scores)
+    gain = rule.gain(mean, printed.mean)
+    outcome: Outcome = "inconclusive"
+    if abs(gain) > rule.guard:
+        outcome = "improvement" if gain > 0 else "regression"
+    elif gain > -rule.margin:
+        outcome = "pass"
+    notes = [
+        f"printed is one mean of {printed.n} images without its spread: worse by up to {rule.margin:g} passes, by more"
+        f" than {rule.guard:g} fails, and between them nothing tells chance from change"
+    ]
+    if rule.ceiling is not None and mean > rule.ceiling:
+        outcome = "regression"
+        notes.insert(0, f"the mean {mean:.4g} lies above this variant's ceiling of {rule.ceiling:.4g}")
+    return Judgement(
+        outcome=outcome,
+        scale="absolute",
+        value=mean,
+        baseline=printed.mean,
+        change=gain if rule.higher else -gain,
+        band=rule.margin,
+        k_base=printed.n,
+        k_new=len(scores),
+        notes=tuple(notes),
+    )
+
+
+def _lacking(unfit: Mapping[str, str]) -> Judgement:
+    why = "; ".join(f"{prompt}: {reason}" for prompt, reason in unfit.items())
+    return Judgement(
+        outcome="unfit", scale="absolute", notes=(f"the printed mean cannot be taken without a prompt; {why}",)
+    )
