@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from refusing import refused
 from standins.comfyui_server import STANDIN
 
 from pytest_zimage.engines.comfyui.engine import ComfyUIEngine
@@ -24,14 +25,6 @@ def ask(project):
         return project.runpytest_subprocess("--zimage-list", "--zimage-config=nvfp4,svdquant-w4a4", named, *arguments)
 
     return run
-
-
-def refused(result, *lines: str) -> None:
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(lines)
-    shown = result.stdout.str() + result.stderr.str()
-    assert "Traceback" not in shown
-    assert "Warning" not in shown
 
 
 def test_a_folder_is_one_to_start_from(ask):

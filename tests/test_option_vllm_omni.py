@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from refusing import refused
 from standins.vllm_omni_running import StandIn
 
 ENGINE = "--zimage-engine=vllm-omni"
@@ -24,14 +25,6 @@ def ask(project):
         return project.runpytest_subprocess("--zimage-list", "--zimage-models=official", *arguments)
 
     return run
-
-
-def refused(result, *lines: str) -> None:
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(lines)
-    shown = result.stdout.str() + result.stderr.str()
-    assert "Traceback" not in shown
-    assert "Warning" not in shown
 
 
 def listed(result) -> dict[str, str]:

@@ -54,9 +54,9 @@ def compare(
         note = f"the page cache {ours} emptied before the fresh runs and {theirs} before the baseline's"
         return Judgement(outcome="unfit", k_new=len(samples), notes=(note,))
     constants = _constants(metric, stored, device, emptied, neighbours, max_runs)
-    runs = [run for run in stored.runs if run.emptied == emptied]
-    level = at_equal_speed(samples, runs)
-    if level is None or stored.published is not None:
+    runs = _alike(stored.runs, emptied)
+    level = at_equal_speed(samples, runs) if runs else None
+    if level is None:
         verdict = judge([sample.rounds for sample in samples], base, constants)
     else:
         verdict = judge(level, at_equal_speed(runs) or base, constants)
@@ -160,16 +160,16 @@ def _comparable(stored: MetricBaseline, emptied: bool | None) -> Published | lis
     """The base side of the same kind; a published cold load means an empty cache."""
     if stored.published is not None:
         return None if emptied is False else stored.published
-    return _rounds(stored.runs, emptied) or None
+    return [run.rounds for run in _alike(stored.runs, emptied)] or None
 
 
-def _rounds(runs: Sequence[BaseRun], emptied: bool | None) -> list[Sequence[float]]:
-    return [run.rounds for run in runs if run.emptied == emptied]
+def _alike(runs: Sequence[BaseRun], emptied: bool | None) -> list[BaseRun]:
+    return [run for run in runs if run.emptied == emptied]
 
 
 def _level_rounds(runs: Sequence[BaseRun], emptied: bool | None) -> Sequence[Sequence[float]]:
     """Of runs on several GPUs only what differs beside their speed is noise."""
-    alike = [run for run in runs if run.emptied == emptied]
+    alike = _alike(runs, emptied)
     return at_equal_speed(alike) or [run.rounds for run in alike]
 
 

@@ -15,14 +15,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct
 
 from pytest_zimage.baselines.published_quality import add_quality, read_quality
 from pytest_zimage.baselines.schema import SCHEMA, Baseline, Key, MetricBaseline, Provenance, Published
+from pytest_zimage.baselines.tables import read_as
 from pytest_zimage.baselines.writing import locked, to_bytes, write_atomically
 from pytest_zimage.catalog import load_catalog
-from pytest_zimage.errors import BaselineError, ZImageError
+from pytest_zimage.errors import ZImageError
 
 _GIB = 2**30
 _STACK_NAMES = {"comfy_kitchen": "comfy-kitchen", "cuda": "torch_cuda"}
@@ -50,14 +50,7 @@ class Table(Struct, frozen=True):
 
 def read_table(path: Path) -> Table:
     """Raises `BaselineError` naming file and field."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Table)
-    except OSError as error:
-        raise BaselineError(f"{path}: cannot be read: {error.strerror}", mend="name the table's JSON file") from error
-    except msgspec.MsgspecError as error:
-        raise BaselineError(
-            f"{path}: not such a table: {error}", mend="its fields are in this module's text"
-        ) from error
+    return read_as(path, Table, fields_in="this module's text")
 
 
 def baselines_of(table: Table, *, device: str, workload: str, recorded_at: str) -> list[Baseline]:

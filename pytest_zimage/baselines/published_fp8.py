@@ -18,12 +18,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct, field
 
 from pytest_zimage.baselines.published import write_files
 from pytest_zimage.baselines.quality import drawn_prompts
 from pytest_zimage.baselines.schema import SCHEMA, Baseline, BasePrompt, Key, MetricBaseline, Provenance, Published
+from pytest_zimage.baselines.tables import read_as
 from pytest_zimage.catalog import Catalog, load_catalog
 from pytest_zimage.catalog.model import PromptSet
 from pytest_zimage.catalog.model import Workload as OurWorkload
@@ -71,14 +71,7 @@ class Table(Struct, frozen=True):
 
 def read_table(path: Path) -> Table:
     """Raises `BaselineError` naming file and field."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Table)
-    except OSError as error:
-        raise BaselineError(f"{path}: cannot be read: {error.strerror}", mend="name the table's JSON file") from error
-    except msgspec.MsgspecError as error:
-        raise BaselineError(
-            f"{path}: not such a table: {error}", mend="its fields are in this module's text"
-        ) from error
+    return read_as(path, Table, fields_in="this module's text")
 
 
 def baselines_of(

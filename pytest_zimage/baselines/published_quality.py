@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct, structs
 
 from pytest_zimage.baselines.merging import environment_override
 from pytest_zimage.baselines.quality import drawn_prompts, first_ceiling
 from pytest_zimage.baselines.schema import Baseline, BasePrompt, MetricBaseline, Published
+from pytest_zimage.baselines.tables import read_as
 from pytest_zimage.catalog import Catalog
 from pytest_zimage.catalog.model import Metric, PromptSet
 from pytest_zimage.errors import BaselineError
@@ -53,14 +53,7 @@ class QualityTable(Struct, frozen=True):
 
 def read_quality(path: Path) -> QualityTable:
     """Raises `BaselineError` naming file and field."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=QualityTable)
-    except OSError as error:
-        raise BaselineError(f"{path}: cannot be read: {error.strerror}", mend="name the table's JSON file") from error
-    except msgspec.MsgspecError as error:
-        raise BaselineError(
-            f"{path}: not such a table: {error}", mend="its fields are in the text of published_quality"
-        ) from error
+    return read_as(path, QualityTable, fields_in="the text of published_quality")
 
 
 def add_quality(
