@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import scipy.stats  # noqa: F401 - before pytester notes the modules: what it takes away again numpy refuses to load twice
 
 from pytest_zimage.baselines.gather import main
 
