@@ -12,10 +12,10 @@ from pytest_zimage.catalog import Variant, Workload
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import BaselineError, ZImageError
 from pytest_zimage.judging import judge_metric
-from pytest_zimage.judging_dispatch import DISPATCH, QUANTISED, judge_quantised
+from pytest_zimage.judging_dispatch import DISPATCH, judge_quantised
 from pytest_zimage.judging_memory import HELD, RETURNED, judge_held, judge_returned, unsaid
 from pytest_zimage.judging_parity import PARITY, judge_parity
-from pytest_zimage.judging_quality import DRIFT, SOUND, judge_drift, judge_images, judge_quality, record_quality
+from pytest_zimage.judging_quality import DRIFT, judge_drift, judge_images, judge_quality, record_quality
 from pytest_zimage.judging_twins import emulation
 from pytest_zimage.recording import REFUSED, record_metrics
 from pytest_zimage.reports.benchmark_bridge import replay
@@ -23,6 +23,7 @@ from pytest_zimage.reports.delta import delta_text, headline
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.metrics import Sample, take
 from pytest_zimage.verdict.model import Verdict
+from pytest_zimage.verdict.rows import QUANTISED, SOUND
 
 _LIMITS: dict[str, Callable[[ZImageSession, str, Variant], Verdict]] = {
     SOUND: judge_images,

@@ -10,12 +10,9 @@ from pytest_zimage.judging_twins import judge_by_twin
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.model import Verdict
 from pytest_zimage.verdict.moves import moves
-from pytest_zimage.verdict.rows import limit_row
+from pytest_zimage.verdict.rows import QUANTISED, limit_row
 
 DISPATCH = "dispatch"
-QUANTISED = "quantised_layers"
-"""The check that layers which compute quantised do; it has no baseline and no row in the catalogue."""
-
 _DECLARED = "quantised-activations"
 _PRODUCTS = ("scaled_mm", "int8_linear", "int_mm")
 _LAYERS_SHOWN = 8

@@ -20,11 +20,9 @@ from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.model import Judgement, Verdict
 from pytest_zimage.verdict.paired import PairRule, judge_paired
-from pytest_zimage.verdict.rows import limit_row, verdict_row
+from pytest_zimage.verdict.rows import SOUND, limit_row, verdict_row
 
 DRIFT = "lpips_recorded"
-SOUND = "images"
-"""The check that asks no scorer; it has no baseline and no row in the catalogue."""
 
 
 def judge_images(session: ZImageSession, test: str, variant: Variant) -> Verdict:

@@ -1,11 +1,15 @@
-"""`--zimage-list`: the variants, the files each needs, where they are or were looked for, its lanes and rough time."""
+"""`--zimage-list`: the variants, the files each needs, where these are or were looked for, and where each was seen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import pytest
+from msgspec import structs
 
+from pytest_zimage.baselines.schema import Key
+from pytest_zimage.baselines.sightings import FILE, Sighting, of_baseline, read_sightings
 from pytest_zimage.baselines.store import Absent
 from pytest_zimage.baselines.update import centre
 from pytest_zimage.catalog import Role, Variant
@@ -34,6 +38,9 @@ def _lines(session: ZImageSession) -> Iterator[str]:
         yield f"parity    {session.settings.parity}: {session.other_engine.way}"
     yield f"models    {model_set.name}" + (f" in {model_set.root}" if model_set.root else ", kept by the engine itself")
     yield f"workload  {session.workload.name}: {session.workload.title}"
+    ledger = _ledger(session)
+    if ledger.broken:
+        yield f"seen      {ledger.broken}"
     for variant in session.catalog.select(session.settings.config or ("*",)):
         tags = "".join(f" @{tag}" for tag in variant.tags)
         yield f"\n{variant.name}  {variant.title} {tags}"
@@ -41,7 +48,61 @@ def _lines(session: ZImageSession) -> Iterator[str]:
             yield "    runs          only when asked for by name, glob or tag"
         yield f"    lanes         {', '.join(variant.lanes) or 'any'}"
         yield f"    rough time    {_rough_time(session, variant)}"
+        yield from _seen(session, variant, ledger)
         yield from _needed(session, variant)
+
+
+@dataclass(frozen=True)
+class _Ledger:
+    """What `seen.json` holds."""
+
+    sightings: tuple[Sighting, ...]
+    nowhere: str
+    """What its silence about a variant means."""
+    broken: str = ""
+
+
+def _ledger(session: ZImageSession) -> _Ledger:
+    path = session.settings.baselines / FILE
+    try:
+        return _Ledger(read_sightings(path), "nowhere yet" if path.is_file() else f"not known: there is no {path}")
+    except BaselineError as error:
+        return _Ledger((), f"not known: {FILE} is unusable", broken=f"UNUSABLE: {error.message}; {error.mend}")
+
+
+def _seen(session: ZImageSession, variant: Variant, ledger: _Ledger) -> Iterator[str]:
+    """Where it drew, by whatever engine, and where somebody printed that it did."""
+    stored = list(session.store.recorded(variant.name))
+    told = [sighting for sighting in ledger.sightings if sighting.key.variant == variant.name]
+    # The last of a key stays: what its baseline knows, of more runs.
+    drew = {sighting.key: sighting for sighting in (*told, *filter(None, map(of_baseline, stored)))}
+    rows = [_sighting(session, drew[key]) for key in sorted(drew, key=structs.astuple)]
+    yield from _rows("seen", rows or [ledger.nowhere])
+    printed = [(one.key, one.metrics["warm_latency"].published) for one in stored if "warm_latency" in one.metrics]
+    yield from _rows(
+        "published",
+        [f"{_place(session, key)}, {units.seconds(summary.mean)}" for key, summary in printed if summary is not None],
+    )
+
+
+def _sighting(session: ZImageSession, sighting: Sighting) -> str:
+    latency = sighting.warm_latency_s
+    said = [_place(session, sighting.key)]
+    said.append("on a machine not fit to be timed" if latency is None else units.seconds(latency))
+    if sighting.device_peak_bytes is not None:
+        said.append(f"{units.size(sighting.device_peak_bytes)} of the device")
+    return f"{', '.join(said)} ({sighting.seen_at[:10]})"
+
+
+def _place(session: ZImageSession, key: Key) -> str:
+    through = f" through {key.engine}" if key.engine != session.engine.name else ""
+    return f"{key.device}: {key.model_set} at {key.workload}{through}"
+
+
+def _rows(title: str, lines: Sequence[str]) -> Iterator[str]:
+    for line in lines:
+        yield f"    {title:13} {line}"
+        title = ""
 
 
 def _needed(session: ZImageSession, variant: Variant) -> Iterator[str]:

@@ -106,7 +106,7 @@ def add_options(parser: pytest.Parser) -> None:
         "--zimage-list",
         action="store_true",
         default=False,
-        help="list the variants, the files each needs and where they were looked for, then stop",
+        help="list the variants, the files each needs, where they were looked for and where each was seen, then stop",
     )
 
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 
+from pytest_zimage.baselines.schema import Key
+from pytest_zimage.baselines.sightings import FILE, Sighting, add_sightings
 from pytest_zimage.catalog import load_catalog
+
+SHIPPED = Path(__file__).parents[1] / "baselines"
+SUITE = """
+def test_all(zimage):
+    zimage.gate(zimage.warm_latency(), zimage.cold_load())
+"""
 
 
 @pytest.fixture
@@ -47,6 +57,7 @@ def test_it_works_where_there_is_no_suite(pytester, tiny):
         assert "rough time    unknown: nothing recorded on this device yet" in text
         assert f"transformer   {variants[name].transformer}: " in text
         assert f"tokenizer     found: {tiny / 'tokenizer'}" in text
+        assert f"seen          not known: there is no {pytester.path / 'baselines' / FILE}\n" in text
     assert "lanes         any\n" in found["nvfp4"]
     assert "h200" in found["bf16-compile"]
     assert not (pytester.path / ".zimage").exists()
@@ -74,12 +85,7 @@ def test_an_unknown_name_is_a_usage_error(script):
 
 
 def test_the_rough_time_is_that_of_the_recorded_runs(script):
-    script.project.makepyfile(
-        test_suite="""
-        def test_all(zimage):
-            zimage.gate(zimage.warm_latency(), zimage.cold_load())
-        """
-    )
+    script.project.makepyfile(test_suite=SUITE)
     script.record("nvfp4", script.QUIET)
     result = script.run("nvfp4", "--zimage-list", "--zimage-rounds=4")
     result.stdout.fnmatch_lines(["*rough time    14.0 s a run and the start of a process (recorded here)"])
@@ -109,3 +115,110 @@ def test_it_needs_no_workers(script):
     result = script.run("nvfp4", "--zimage-list", "-n", "2")
     assert result.ret == 0
     assert list(entries(result)) == ["nvfp4"]
+
+
+def sighting(variant: str, *, device="cpu", engine="diffusers", **fields) -> Sighting:
+    key = Key(device=device, engine=engine, model_set="synthetic-tiny", workload="turbo-tiny", variant=variant)
+    told = {"seen_at": "2026-03-04T05:06:07+00:00", "device_name": "x", "warm_latency_s": 0.0212}
+    return Sighting(key=key, **(told | fields))
+
+
+@pytest.fixture
+def ledger(script):
+    """Lists variants beside what was seen; the lines about it by variant, and before the first one."""
+
+    def lines(names, *sightings):
+        if sightings:
+            add_sightings(script.project.path / "baselines" / FILE, sightings)
+        result = script.run(names, "--zimage-list")
+        assert (result.ret, script.ran) == (0, [])
+        head, *blocks = result.stdout.str().split("\n\n")
+        found = {
+            block.split()[0]: [
+                line[4:] for line in block.splitlines()[1:] if line[4:].startswith(("seen ", "published ", " "))
+            ]
+            for block in blocks
+        }
+        return found | {"": [line for line in head.splitlines() if line.startswith("seen")]}
+
+    return lines
+
+
+def test_a_variant_says_where_it_was_seen(ledger):
+    found = ledger("bf16,nvfp4,fp8-cast", sighting("bf16"), sighting("nvfp4"), sighting("mxfp8"))
+    assert found == {
+        "": [],
+        "bf16": ["seen          cpu: synthetic-tiny at turbo-tiny, 21.2 ms (2026-03-04)"],
+        "nvfp4": ["seen          cpu: synthetic-tiny at turbo-tiny, 21.2 ms (2026-03-04)"],
+        "fp8-cast": ["seen          nowhere yet"],
+    }
+
+
+def test_another_engine_is_named_and_the_session_own_is_not(ledger):
+    seen = [
+        sighting("bf16", device="h200", warm_latency_s=0.906, device_peak_bytes=23280873472),
+        sighting("bf16", device="gb10", engine="comfyui"),
+    ]
+    assert ledger("bf16", *seen)["bf16"] == [
+        "seen          gb10: synthetic-tiny at turbo-tiny through comfyui, 21.2 ms (2026-03-04)",
+        "              h200: synthetic-tiny at turbo-tiny, 906 ms, 21.7 GiB of the device (2026-03-04)",
+    ]
+
+
+def test_a_sighting_that_was_not_timed_says_so(ledger):
+    assert ledger("bf16", sighting("bf16", warm_latency_s=None))["bf16"] == [
+        "seen          cpu: synthetic-tiny at turbo-tiny, on a machine not fit to be timed (2026-03-04)"
+    ]
+
+
+def test_a_measured_baseline_is_shown_instead(script, ledger):
+    script.project.makepyfile(test_suite=SUITE)
+    script.record("nvfp4", script.QUIET)
+    recorded = "seen          cpu: synthetic-tiny at turbo-tiny, 1.00 s (2026-01-01)"
+    assert ledger("nvfp4")["nvfp4"] == [recorded], "without seen.json"
+    found = ledger("nvfp4", sighting("nvfp4"), sighting("nvfp4", device="b200"))
+    assert found["nvfp4"] == [
+        "seen          b200: synthetic-tiny at turbo-tiny, 21.2 ms (2026-03-04)",
+        recorded.replace("seen", "    "),
+    ]
+
+
+def test_a_broken_baseline_says_nothing(script, ledger):
+    script.project.makepyfile(test_suite=SUITE)
+    script.record("nvfp4", script.QUIET)
+    path = next((script.project.path / ".zimage").rglob("nvfp4.json"))
+    path.write_text(path.read_text().replace("1.0,", "-1.0,"))
+    assert ledger("nvfp4", sighting("bf16"))["nvfp4"] == ["seen          nowhere yet"]
+
+
+def test_a_broken_list_of_sightings_is_told_on_one_line_and_stops_nothing(script, ledger):
+    script.project.makepyfile(test_suite=SUITE)
+    script.record("nvfp4", script.QUIET)
+    path = script.project.mkdir("baselines") / FILE
+    path.write_text("{")
+    found = ledger("nvfp4,bf16")
+    (told,) = found[""]
+    assert told.startswith(f"seen      UNUSABLE: {path}: is no list of sightings: ")
+    assert "restore the file from version control" in told
+    assert found["bf16"] == [f"seen          not known: {FILE} is unusable"]
+    assert found["nvfp4"] == ["seen          cpu: synthetic-tiny at turbo-tiny, 1.00 s (2026-01-01)"]
+
+
+def test_a_list_of_sightings_judges_nothing(script):
+    script.project.makepyfile(test_suite=SUITE.replace("zimage.cold_load()", "zimage.forwards()"))
+    script.record("nvfp4", script.QUIET)
+    (script.project.path / "baselines" / FILE).write_text("{")
+    script(default=script.QUIET)
+    script.run("nvfp4").assert_outcomes(passed=1)
+
+
+def test_what_was_printed_or_recorded_of_other_machines_is_shown_as_such(script):
+    result = script.run("bf16,bf16-sage", "--zimage-list", f"--zimage-baselines={SHIPPED}")
+    found = entries(result)
+    measured = json.loads((SHIPPED / "h200/diffusers-synthetic-full-turbo-1024/bf16.json").read_text())
+    date = max(run["recorded_at"] for run in measured["metrics"]["warm_latency"]["runs"])[:10]
+    assert f"h200: synthetic-full at turbo-1024, 906 ms, 21.7 GiB of the device ({date})\n" in found["bf16"]
+    assert "    published     gb10: official at turbo-1024 through comfyui, 7.55 s\n" in found["bf16"]
+    assert f"\n{'':18}gb10: official at turbo-1024x512 through vllm-omni, " in found["bf16"]
+    assert "    seen          nowhere yet\n" in found["bf16-sage"]
+    assert "    published     gb10: official at turbo-1024x512 through vllm-omni, 7.83 s\n" in found["bf16-sage"]

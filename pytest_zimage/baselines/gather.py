@@ -26,7 +26,7 @@ from pytest_zimage.catalog import Catalog, load_catalog
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import MeasurementError, ZImageError
 from pytest_zimage.probes.environment import machine_fingerprint
-from pytest_zimage.reports.results import from_json
+from pytest_zimage.reports.results import read
 from pytest_zimage.reports.table import update_table
 from pytest_zimage.verdict.metrics import measurable
 
@@ -35,14 +35,18 @@ def gathered(runs: Iterable[RunRecord]) -> dict[Key, tuple[RunRecord, ...]]:
     """Runs by what they are of, as they began. Raises `MeasurementError` for one of no known class."""
     found: dict[Key, list[RunRecord]] = {}
     for run in runs:
-        device = run.environment.get("device_class", "")
-        if not device:
-            raise MeasurementError(
-                f"run {run.index + 1} of {run.variant} does not say its device class", mend="measure it again"
-            )
-        key = Key(device=device, engine=run.engine, model_set=run.model_set, workload=run.workload, variant=run.variant)
-        found.setdefault(key, []).append(run)
+        found.setdefault(key_of(run), []).append(run)
     return {key: tuple(sorted(of, key=lambda run: run.started_at)) for key, of in found.items()}
+
+
+def key_of(run: RunRecord) -> Key:
+    """What `run` is a run of. Raises `MeasurementError` for one of no known device class."""
+    device = run.environment.get("device_class", "")
+    if not device:
+        raise MeasurementError(
+            f"run {run.index + 1} of {run.variant} does not say its device class", mend="measure it again"
+        )
+    return Key(device=device, engine=run.engine, model_set=run.model_set, workload=run.workload, variant=run.variant)
 
 
 def unfit(run: RunRecord) -> tuple[str, ...]:
@@ -58,7 +62,7 @@ def fit_runs(by_key: dict[Key, tuple[RunRecord, ...]], catalog: Catalog, told: l
         fit = []
         for run in runs:
             if why := unfit(run):
-                told.append(f"left out: {_named(run)}: {why[0]}")
+                told.append(f"left out: {named(run)}: {why[0]}")
             else:
                 fit.append(run)
         rounds = max((len(run.rounds) for run in fit), default=0)
@@ -67,13 +71,13 @@ def fit_runs(by_key: dict[Key, tuple[RunRecord, ...]], catalog: Catalog, told: l
     for index, one in enumerate(measured):
         positions = far.get(one.key.variant, {})
         for position, metrics in positions.items():
-            told.append(f"left out: {_named(one.runs[position])}: {', '.join(metrics)} far from the others'")
+            told.append(f"left out: {named(one.runs[position])}: {', '.join(metrics)} far from the others'")
         kept = tuple(run for position, run in enumerate(one.runs) if position not in positions)
         measured[index] = structs.replace(one, runs=kept, remeasured=frozenset(range(len(kept))))
     return measured
 
 
-def _named(run: RunRecord) -> str:
+def named(run: RunRecord) -> str:
     return f"{run.variant} of {run.started_at}"
 
 
@@ -81,14 +85,7 @@ def gather(
     files: Sequence[Path], store: BaselineStore, catalog: Catalog, *, mode: Mode, reason: str, told: list[str]
 ) -> list[UpdateResult]:
     """Record the runs of results `files`; raises `ZImageError` for a file that is none."""
-    runs: list[RunRecord] = []
-    for path in files:
-        try:
-            runs += from_json(path.read_bytes()).runs
-        except OSError as error:
-            raise ZImageError(f"{path}: cannot be read: {error.strerror}", mend="name a results file") from error
-        except ZImageError as error:
-            raise ZImageError(f"{path}: {error.message}", mend=error.mend) from error
+    runs = [run for path in files for run in read(path).runs]
     return update_baselines(
         store,
         catalog,

@@ -153,6 +153,16 @@ class BaselineStore:
                     )
         return None
 
+    def recorded(self, variant: str) -> Iterator[Baseline]:
+        """Every baseline of `variant`: of any device class, engine, model set and workload, and of this machine's own.
+
+        One that is broken is left out, because it fails the tests that are judged by it.
+        """
+        for root in (self._baselines, self._local):
+            for path, key in _claimed(root, f"*/*/{variant}.json"):
+                with suppress(BaselineError):
+                    yield read_baseline(path, key, self._catalog.metrics)
+
     def rewrite(
         self,
         key: Key,
@@ -229,8 +239,15 @@ class BaselineStore:
 
     def _published(self, key: Key) -> Iterator[tuple[Path, Key]]:
         """Files of this device class, workload and variant, with the key that each claims and lies under."""
-        for path in sorted(self._baselines.glob(f"{key.device}/*-{key.workload}/{key.variant}.json")):
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                claimed = msgspec.convert(json.loads(path.read_bytes())["key"], Key)
-                if claimed.workload == key.workload and self._baselines / claimed.path() == path:
-                    yield path, claimed
+        for path, claimed in _claimed(self._baselines, f"{key.device}/*-{key.workload}/{key.variant}.json"):
+            if claimed.workload == key.workload:
+                yield path, claimed
+
+
+def _claimed(root: Path, pattern: str) -> Iterator[tuple[Path, Key]]:
+    """Files below `root` that lie where the key that they claim belongs."""
+    for path in sorted(root.glob(pattern)):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            claimed = msgspec.convert(json.loads(path.read_bytes())["key"], Key)
+            if root / claimed.path() == path:
+                yield path, claimed

@@ -10,14 +10,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
+from msgspec import Struct
 
-from pytest_zimage.baselines.schema import Baseline
 from pytest_zimage.errors import BaselineError
 
 
-def to_bytes(baseline: Baseline) -> bytes:
+def to_bytes(document: Struct) -> bytes:
     """Sorted keys, one number a line, shortest exact floats, a newline at the end: a review shows what changed."""
-    plain = msgspec.to_builtins(baseline)
+    plain = msgspec.to_builtins(document)
     text = json.dumps(plain, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8") + b"\n"
 

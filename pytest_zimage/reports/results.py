@@ -56,6 +56,10 @@ class Results(Struct, frozen=True, kw_only=True):
     """What to know of this machine beside every verdict."""
 
 
+class _Schema(Struct):
+    schema: int = SCHEMA
+
+
 def to_json(results: Results) -> bytes:
     """The document, indented, free of NaN and infinity."""
     clean = structs.replace(results, verdicts=tuple(map(finite, results.verdicts)))
@@ -84,12 +88,24 @@ def finite(verdict: Verdict) -> Verdict:
 def from_json(data: bytes) -> Results:
     """Raises `ZImageError` on anything that is not a results file of this schema."""
     try:
-        found = msgspec.json.decode(data, type=Results)
-    except msgspec.MsgspecError as error:
+        # Before its fields, which another schema may have otherwise.
+        schema = msgspec.json.decode(data, type=_Schema).schema
+        if schema != SCHEMA:
+            raise ZImageError(f"results of schema {schema}, this is {SCHEMA}", mend="update pytest-zimage")
+        return msgspec.json.decode(data, type=Results)
+    # msgspec leaves text that is no UTF-8 to Python.
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ZImageError(f"not a results file: {error}", mend="give a file that --zimage-results wrote") from error
-    if found.schema != SCHEMA:
-        raise ZImageError(f"results of schema {found.schema}, this is {SCHEMA}", mend="update pytest-zimage")
-    return found
+
+
+def read(path: Path) -> Results:
+    """The results file at `path`; raises `ZImageError` that names it where it is none or cannot be read."""
+    try:
+        return from_json(path.read_bytes())
+    except OSError as error:
+        raise ZImageError(f"{path}: cannot be read: {error.strerror}", mend="name a results file") from error
+    except ZImageError as error:
+        raise ZImageError(f"{path}: {error.message}", mend=error.mend) from error
 
 
 def merge(parts: Iterable[Results]) -> Results:

@@ -8,6 +8,11 @@ from pytest_zimage.catalog.model import Metric, Variant
 from pytest_zimage.verdict.model import Judgement, Outcome, Verdict
 from pytest_zimage.verdict.words import word
 
+QUANTISED = "quantised_layers"
+"""The check that layers which compute quantised do; it has no baseline and no row in the catalogue."""
+SOUND = "images"
+"""The check of images that asks no scorer; it has no baseline and no row in the catalogue."""
+
 _SHARED = tuple(name for name in Judgement.__struct_fields__ if name in Verdict.__struct_fields__)
 
 
