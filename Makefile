@@ -26,11 +26,15 @@ portable-baselines: $(STAMP)
 baselines: $(STAMP)
 	$(BIN)/python -m pytest suites --update-baselines --update-reason "recorded on this machine by make baselines" $(PYTEST_ARGS)
 
+# What any machine can show in a few minutes. Not here: cold_read.py (of a file on the disk and a GPU of yours), pure_share.py
+# (of the results of a session at full size) and quality_repeat.py (ten sessions, one after another).
 bench: $(STAMP)
 	$(BIN)/python benchmarks/decision_rule.py
 	$(BIN)/python benchmarks/paired_rule.py
 	$(BIN)/python benchmarks/import_cost.py
 	$(BIN)/python benchmarks/harness_overhead.py
+	$(BIN)/python benchmarks/sampling_cost.py
+	$(BIN)/python benchmarks/server_overhead.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import pytest
 
 from pytest_zimage import lanes
 from pytest_zimage.errors import ZImageError
-from pytest_zimage.option_table import OPTIONS
+from pytest_zimage.options.table import OPTIONS
 from pytest_zimage.session import start
 from pytest_zimage.xdist import refuse_collection
 

@@ -8,8 +8,8 @@ import pytest
 
 if TYPE_CHECKING:
     from pytest_zimage.catalog import Variant
-    from pytest_zimage.gate import ZImage
-    from pytest_zimage.judging_claims import ClaimCheck
+    from pytest_zimage.judging.claims import ClaimCheck
+    from pytest_zimage.measuring import ZImage
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def zimage_variant(request: pytest.FixtureRequest) -> Variant:
 @pytest.fixture
 def zimage(request: pytest.FixtureRequest, zimage_variant: Variant) -> ZImage:
     """One variant: `zimage.gate(zimage.warm_latency())` measures it and judges it against its baseline."""
-    from pytest_zimage.gate import ZImage
+    from pytest_zimage.measuring import ZImage
     from pytest_zimage.session import start
 
     return ZImage(request, start(request.config), zimage_variant)
@@ -32,7 +32,7 @@ def zimage(request: pytest.FixtureRequest, zimage_variant: Variant) -> ZImage:
 @pytest.fixture
 def zimage_claim(request: pytest.FixtureRequest) -> ClaimCheck:
     """One published claim: `zimage_claim.check()` measures it between variants of this session."""
-    from pytest_zimage.judging_claims import ClaimCheck
+    from pytest_zimage.judging.claims import ClaimCheck
     from pytest_zimage.session import start
 
     session = start(request.config)

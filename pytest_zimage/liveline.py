@@ -10,6 +10,19 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 
+from pytest_zimage.reports.progress import Progress
+from pytest_zimage.xdist import is_worker
+
+
+def open_progress(config: pytest.Config) -> Progress:
+    """The progress of this process: a line that moves on a terminal, now and then a whole line anywhere else."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if is_worker(config):
+        return Progress(Heartbeat(config), is_tty=False)
+    if reporter is None:
+        return Progress(lambda text: None, is_tty=False)
+    return Progress(LiveLine(config, reporter), can_redraw(reporter), width=lambda: shutil.get_terminal_size().columns)
+
 
 def can_redraw(reporter: pytest.TerminalReporter) -> bool:
     """Whether the report goes to a terminal that can move its cursor."""

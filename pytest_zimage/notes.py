@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from pytest_zimage.engines.record import RunRecord
-from pytest_zimage.probes.environment import UNRECORDED, slow_kitchen
+from pytest_zimage.probes.environment import UNRECORDED
+from pytest_zimage.probes.packages import slow_kitchen
 from pytest_zimage.runbook import missing_from
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.model import Verdict

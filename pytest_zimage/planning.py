@@ -9,9 +9,9 @@ from pytest_zimage.catalog import Role, Variant
 from pytest_zimage.checkpoints.modelset import ModelSet
 from pytest_zimage.engines.base import Engine, ReportProgress, RunPlan
 from pytest_zimage.errors import MissingFileError, ZImageError
-from pytest_zimage.judging_fitness import fit_plan
+from pytest_zimage.judging.fitness import fit_plan
 from pytest_zimage.locks import disks
-from pytest_zimage.probes.environment import without_packages
+from pytest_zimage.probes.packages import without_packages
 
 if TYPE_CHECKING:
     from pytest_zimage.session import ZImageSession

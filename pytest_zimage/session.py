@@ -7,7 +7,6 @@ one; they share the folder of runs, and what they found travels to the controlle
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from pytest_zimage.engines.base import Engine, EngineFactory, ReportProgress, Ru
 from pytest_zimage.engines.protocol import Injection
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import CatalogError, ZImageError
-from pytest_zimage.liveline import Heartbeat, LiveLine, can_redraw
+from pytest_zimage.liveline import open_progress
 from pytest_zimage.options import Settings, read_settings, repeated_options
 from pytest_zimage.planning import make_plan
 from pytest_zimage.probes.device import Machine, detect
@@ -36,11 +35,11 @@ from pytest_zimage.probes.environment import machine_fingerprint, memory_total_b
 from pytest_zimage.reports.progress import Progress
 from pytest_zimage.runbook import RunBook
 from pytest_zimage.stash import FOLDER, SESSION
-from pytest_zimage.xdist import given_folder, is_worker, place_of
+from pytest_zimage.xdist import given_folder, place_of
 
 if TYPE_CHECKING:
     from pytest_zimage.baselines.update import UpdateResult
-    from pytest_zimage.desk import QualityDesk
+    from pytest_zimage.images.desk import QualityDesk
     from pytest_zimage.reports.results import ErrorRow
     from pytest_zimage.verdict.model import Verdict
 
@@ -153,14 +152,7 @@ class ZImageSession:
 
     @cached_property
     def progress(self) -> Progress:
-        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
-        if is_worker(self.config):
-            return Progress(Heartbeat(self.config), is_tty=False)
-        if reporter is None:
-            return Progress(lambda text: None, is_tty=False)
-        return Progress(
-            LiveLine(self.config, reporter), can_redraw(reporter), width=lambda: shutil.get_terminal_size().columns
-        )
+        return open_progress(self.config)
 
     @cached_property
     def injection(self) -> Injection:
@@ -228,7 +220,7 @@ class ZImageSession:
     @cached_property
     def desk(self) -> QualityDesk:
         """Where images are asked for and judged."""
-        from pytest_zimage.desk import QualityDesk
+        from pytest_zimage.images.desk import QualityDesk
 
         return QualityDesk(self)
 

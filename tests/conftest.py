@@ -33,6 +33,10 @@ SUITE = """
 def test_warm_latency(zimage):
     zimage.gate(zimage.warm_latency())
 """
+TIMED = f"""{SUITE}
+def test_cold_load(zimage):
+    zimage.gate(zimage.cold_load())
+"""
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
 """A baseline file that cannot be trusted is an error naming file, field and mend; never a default."""
 
-import copy
 import json
 from pathlib import Path
 
 import pytest
+from documents import changed
 
 from pytest_zimage.baselines.reading import NewerSchemaError, parse_baseline
 from pytest_zimage.baselines.schema import Key
@@ -49,20 +49,6 @@ def parse(document):
     return parse_baseline(data, PATH, KEY, METRICS)
 
 
-def changed(where, value):
-    """SOUND with the field at the dotted path `where` set to `value`, or removed when that is `...`."""
-    document = copy.deepcopy(SOUND)
-    *parents, last = (int(part) if part.isdigit() else part for part in where.split("."))
-    node = document
-    for part in parents:
-        node = node[part]
-    if value is ...:
-        del node[last]
-    else:
-        node[last] = value
-    return document
-
-
 def test_sound_file_is_read_whole():
     baseline = parse(SOUND)
     assert set(baseline.metrics) == set(SOUND["metrics"])
@@ -79,7 +65,7 @@ def test_written_and_read_again_it_is_the_same_to_the_byte():
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 5.5, 1e-9, 123456789012345.0, 0.1 + 0.2])
 def test_floats_survive_exactly(value):
-    again = parse(to_bytes(parse(changed("metrics.warm_latency.runs.0.rounds", [value]))))
+    again = parse(to_bytes(parse(changed(SOUND, "metrics.warm_latency.runs.0.rounds", [value]))))
     assert again.metrics["warm_latency"].runs[0].rounds == (value,)
 
 
@@ -117,13 +103,13 @@ NUMBERS = [
 @pytest.mark.parametrize("bad", [0, -1.5, float("nan"), float("inf"), float("-inf")])
 def test_numbers_that_no_measurement_leaves(where, named, bad):
     with pytest.raises(BaselineError) as caught:
-        parse(changed(where, bad))
+        parse(changed(SOUND, where, bad))
     assert f"{PATH}: field {named!r}" in caught.value.message
     assert caught.value.mend
 
 
 def test_a_number_too_large_for_a_float_is_infinite():
-    data = json.dumps(changed(f"{RUN}.rounds.1", 77777)).encode().replace(b"77777", b"1e999")
+    data = json.dumps(changed(SOUND, f"{RUN}.rounds.1", 77777)).encode().replace(b"77777", b"1e999")
     with pytest.raises(BaselineError, match=r"rounds\[1\]"):
         parse(data)
 
@@ -178,7 +164,7 @@ def test_a_number_too_large_for_a_float_is_infinite():
 )
 def test_every_mistake_names_its_field(where, value, named):
     with pytest.raises(BaselineError) as caught:
-        parse(changed(where, value))
+        parse(changed(SOUND, where, value))
     assert caught.value.message.startswith(f"{PATH}: field {named!r}: ")
     assert caught.value.mend
 
@@ -190,8 +176,8 @@ def test_a_field_that_is_there_twice_is_refused():
 
 
 def test_environment_of_a_metric_recorded_at_another_time():
-    baseline = parse(changed("metrics.disk_bytes.environment", {"torch": "2.10.0", "driver": "580"}))
+    baseline = parse(changed(SOUND, "metrics.disk_bytes.environment", {"torch": "2.10.0", "driver": "580"}))
     assert baseline.environment_of("disk_bytes") == {"torch": "2.10.0", "driver": "580"}
     assert baseline.environment_of("warm_latency") == {"torch": "2.11.0"}
-    absent = parse(changed("metrics.disk_bytes.environment", {"torch": ""}))
+    absent = parse(changed(SOUND, "metrics.disk_bytes.environment", {"torch": ""}))
     assert absent.environment_of("disk_bytes") == {}

@@ -7,9 +7,10 @@ from msgspec import structs
 
 from pytest_zimage.baselines import writing
 from pytest_zimage.baselines.compare import base_phases, compare, compare_to_control
+from pytest_zimage.baselines.recordable import Measured, outlying_runs
 from pytest_zimage.baselines.schema import Key, MetricBaseline, Published
 from pytest_zimage.baselines.store import BaselineStore, Found, Neighbours
-from pytest_zimage.baselines.update import Measured, outlying_runs, update_baselines
+from pytest_zimage.baselines.update import update_baselines
 from pytest_zimage.catalog import load_catalog
 from pytest_zimage.engines.protocol import Injection, Loaded, Reported, Round
 from pytest_zimage.engines.record import ColdLoad, RunRecord

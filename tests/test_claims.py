@@ -111,7 +111,7 @@ def test_broken_where_it_was_made_fails_with_the_delta(claim, results, kind):
     table, runs, told = BROKEN[kind]
     done = claim(table, HERE, **runs)
     done.assert_outcomes(failed=1)
-    done.stdout.fnmatch_lines(["*: BROKEN *", "*a study: *", "*claim of cpu through diffusers*"])
+    done.stdout.fnmatch_lines(["*: BROKEN *", "*a study: *cpu through diffusers at*", "  notes *"])
     assert told in done.stdout.str()
     (row,) = results()["verdicts"]
     assert row["outcome"] == "regression"
@@ -124,10 +124,17 @@ def test_broken_elsewhere_is_told_and_fails_nothing(claim, results, script, kind
     table, runs, told = BROKEN[kind]
     done = claim(table, FAR, *strict, **runs)
     assert done.ret == 0
-    done.stdout.fnmatch_lines_random(
-        ["*claim of gb10 through comfyui at turbo-1024, seen here on cpu through diffusers*", "*1 claims seen*"]
-    )
     (row,) = results()["verdicts"]
+    assert row["claim_of"] == (
+        "gb10 through comfyui at turbo-1024, seen on cpu through diffusers at turbo-tiny with synthetic-tiny"
+    )
+    done.stdout.fnmatch_lines(
+        [
+            *("=* zimage verdicts =*", f"  claims of {row['claim_of']}", f"    mine  {row['notes'][0]}", ""),
+            *("1 verdict: 1 seen", "next: nothing to do: claims of another machine*told here and not judged"),
+            "*1 claims seen*",
+        ]
+    )
     assert told in " ".join(row["notes"])
     assert row["notes"][0].endswith("; not as claimed")
     assert (row["outcome"], row["k_new"]) == ("seen", 1), "no run is made only to judge what cannot fail"
@@ -189,7 +196,12 @@ def test_shipped_claims_are_shown_on_any_machine(script, results, workers):
     assert done.ret == 0
     seen = {row["metric"]: row["notes"][0] for row in results()["verdicts"]}
     assert {"nvfp4-speedup", "encoder-latency", "nvfp4-fp8e-disk"} <= set(seen)
-    assert all(note.startswith("claim of gb10 through comfyui") for note in seen.values())
+    assert {row["claim_of"].partition(", seen")[0] for row in results()["verdicts"]} == {
+        "gb10 through comfyui at turbo-1024"
+    }
+    lines = done.outlines[done.outlines.index(next(line for line in done.outlines if "zimage verdicts" in line)) :]
+    assert {line.split()[0] for line in lines if line.startswith("    ")} == set(seen), "a line for each claim"
+    assert max(map(len, lines)) <= 160
     assert sorted(script.ran) == ["bf16-1", "nvfp4-1", "nvfp4-fp8e-1"]
 
 

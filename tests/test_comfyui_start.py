@@ -12,6 +12,7 @@ import pytest
 from standins.comfyui_plan import images_of, make_files, make_plan, make_settings, silent, variant, workload
 from standins.comfyui_server import STANDIN, script_file
 
+from conftest import TIMED
 from pytest_zimage.engines.comfyui.engine import ComfyUIEngine
 from pytest_zimage.engines.comfyui.launch import Launch, help_text
 from pytest_zimage.engines.protocol import ImageJob, Injection
@@ -222,13 +223,7 @@ def test_a_slower_server_is_slower_by_what_was_injected(engine, models, tmp_path
 
 # ---- through pytest -----------------------------------------------------------------
 
-SUITE = """
-def test_warm_latency(zimage):
-    zimage.gate(zimage.warm_latency())
-
-def test_cold_load(zimage):
-    zimage.gate(zimage.cold_load())
-
+SUITE = f"""{TIMED}
 def test_memory(zimage):
     zimage.gate(zimage.rss_peak())
 """

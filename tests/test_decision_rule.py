@@ -1,15 +1,14 @@
 """The decision rule: its formulas, its order of answers, its promises by simulation."""
 
-import importlib.util
 import math
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+from loading import module_of
 
 from pytest_zimage.baselines.schema import Published
 from pytest_zimage.catalog import load_catalog
@@ -21,7 +20,6 @@ from pytest_zimage.verdict.noise import pooled_noise, runs_to_remeasure
 from pytest_zimage.verdict.rule import judge, judge_control, run_score
 from pytest_zimage.verdict.words import word
 
-ROOT = Path(__file__).parents[1]
 CATALOG = load_catalog()
 WARM = CATALOG.metrics["warm_latency"]
 RSS = CATALOG.metrics["rss_peak"]
@@ -35,10 +33,7 @@ def runs(*seconds):
 
 @pytest.fixture(scope="module")
 def benchmark_module():
-    spec = importlib.util.spec_from_file_location("decision_rule", ROOT / "benchmarks" / "decision_rule.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of("benchmarks/decision_rule.py")
 
 
 # ---- formulas ------------------------------------------------------------

@@ -5,34 +5,12 @@ from __future__ import annotations
 import shlex
 
 import pytest
-from msgspec import structs
+from verdicts import SLOWER, but
 
 from pytest_zimage.reports import commands, units
 from pytest_zimage.reports.delta import delta_text, headline
 from pytest_zimage.verdict.model import Verdict
 
-STEPS = {f"step_{number}": (0.65, 0.78) for number in range(1, 9)}
-SLOWER = Verdict(
-    test="suites/test_warm_latency.py::test_warm_latency[nvfp4]",
-    variant="nvfp4",
-    metric="warm_latency",
-    unit="s",
-    verdict="SLOWER",
-    outcome="regression",
-    value=6.61,
-    baseline=5.50,
-    change=0.2014,
-    interval=(0.189, 0.214),
-    band=0.03,
-    noise=0.007,
-    mde=0.0312,
-    k_base=5,
-    k_new=2,
-    samples=((6.60, 6.61, 6.63), (6.58, 6.70)),
-    notes=("a fresh run was taken to confirm",),
-    phases={"text_encode": (0.10, 0.10), **STEPS, "vae_decode": (0.20, 0.26)},
-    environment_changed={"torch": ("2.10.0", "2.11.0"), "bios": ("(not recorded)", "5.36")},
-)
 EXACT = Verdict(
     test="suites/test_memory.py::test_weight_bytes[nvfp4]",
     variant="nvfp4",
@@ -43,10 +21,6 @@ EXACT = Verdict(
     value={"bfloat16": 1 << 30, "nvfp4": 4096, "int8": 7},
     baseline={"bfloat16": 1 << 30, "nvfp4": 8192, "float8_e4m3fn": 100},
 )
-
-
-def but(start: Verdict = SLOWER, /, **changes: object) -> Verdict:
-    return structs.replace(start, **changes)
 
 
 def command(text: str, label: str) -> list[str]:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_zimage.catalog import load_catalog
-from pytest_zimage.probes import environment
+from pytest_zimage.probes import environment, packages
 from pytest_zimage.probes.device import Machine
 
 
@@ -71,16 +71,16 @@ def test_a_git_that_hangs_is_left_behind(repository, monkeypatch):
 
 
 def test_absent_package_is_named_absent():
-    found = environment.package_versions(["pytest", "no-such-distribution"])
-    assert found == {"pytest": pytest.__version__, "no-such-distribution": environment.ABSENT}
+    found = packages.package_versions(["pytest", "no-such-distribution"])
+    assert found == {"pytest": pytest.__version__, "no-such-distribution": packages.ABSENT}
 
 
 def test_wheel_tag_tells_a_wheel_without_kernels():
-    assert environment.wheel_tags("Wheel-Version: 1.0\nTag: py3-none-any\n") == "py3-none-any"
+    assert packages.wheel_tags("Wheel-Version: 1.0\nTag: py3-none-any\n") == "py3-none-any"
     tags = "Tag: cp312-abi3-manylinux_2_28_aarch64\nTag: cp312-abi3-manylinux_2_26_aarch64\n"
-    assert environment.wheel_tags(tags) == "cp312-abi3-manylinux_2_26_aarch64,cp312-abi3-manylinux_2_28_aarch64"
-    assert environment.wheel_tags("") == "(not a wheel)"
-    assert "comfy-kitchen_wheel" in environment.package_versions(["comfy-kitchen"])
+    assert packages.wheel_tags(tags) == "cp312-abi3-manylinux_2_26_aarch64,cp312-abi3-manylinux_2_28_aarch64"
+    assert packages.wheel_tags("") == "(not a wheel)"
+    assert "comfy-kitchen_wheel" in packages.package_versions(["comfy-kitchen"])
 
 
 KITCHEN = SimpleNamespace(
@@ -123,7 +123,7 @@ def test_worker_environment_of_a_cpu_has_no_device():
 
 
 def test_no_backend_is_said():
-    assert environment.kitchen_backends(SimpleNamespace(list_backends=dict)) == "none"
+    assert packages.kitchen_backends(SimpleNamespace(list_backends=dict)) == "none"
 
 
 def test_real_worker_environment():
@@ -183,7 +183,7 @@ def test_diff():
     old = {"torch": "2.10", "driver": "580", "cuda": "13", "started_at": "a"}
     new = {"torch": "2.11", "driver": "580", "kernel": "6.17", "started_at": "b"}
     assert environment.diff(old, new) == {
-        "cuda": ("13", environment.ABSENT),
+        "cuda": ("13", packages.ABSENT),
         "kernel": (environment.UNRECORDED, "6.17"),
         "torch": ("2.10", "2.11"),
     }

@@ -12,7 +12,7 @@ from scripted_nvml import GIB, Gpu, ScriptedNvml
 
 import pytest_zimage
 from pytest_zimage.catalog import load_catalog
-from pytest_zimage.probes import device, environment, memory
+from pytest_zimage.probes import device, environment, memory, packages
 from pytest_zimage.probes.gpu_state import GpuState
 from pytest_zimage.probes.leftover import DeviceUse
 from pytest_zimage.probes.nvml import Nvml, ProcessMemory
@@ -188,14 +188,14 @@ GPU = {"device": "NVIDIA GB10", "device_capability": "12.1", "libc": "glibc 2.39
 )
 def test_a_wheel_without_kernels_is_told_loudly(wheel, backends, slow):
     found = {**GPU, "comfy-kitchen_wheel": wheel} | ({"comfy-kitchen_backends": backends} if backends else {})
-    told = environment.slow_kitchen(found)
+    told = packages.slow_kitchen(found)
     assert bool(told) is slow
     assert not slow or (wheel in told and "everything still works, slowly" in told and "glibc 2.39" in told)
 
 
 def test_a_cpu_needs_no_cuda_backend():
     cpu = {"device": "CPU", "comfy-kitchen_wheel": "py3-none-any", "comfy-kitchen_backends": "eager"}
-    assert environment.slow_kitchen(cpu) == ""
+    assert packages.slow_kitchen(cpu) == ""
 
 
 def test_the_note_stands_in_terminal_results_and_delta(script, results):

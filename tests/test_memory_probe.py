@@ -12,7 +12,7 @@ import pytest
 from scripted_nvml import Gpu, ScriptedNvml, not_supported
 
 from pytest_zimage.errors import MeasurementError
-from pytest_zimage.probes import memory
+from pytest_zimage.probes import high_water, memory
 from pytest_zimage.probes.nvml import Nvml, ProcessMemory
 
 MIB = 1 << 20
@@ -29,7 +29,7 @@ TOUCH = "b = bytearray(200 << 20); b[::4096] = b'x' * len(b[::4096]); del b\n"
 
 def test_peak_outlives_the_memory_that_made_it():
     before, after, now = in_child(
-        "from pytest_zimage.probes.memory import rss_peak, rss_now\n"
+        "from pytest_zimage.probes.high_water import rss_peak\nfrom pytest_zimage.probes.memory import rss_now\n"
         f"a = rss_peak().bytes\n{TOUCH}print(a, rss_peak().bytes, rss_now())"
     )
     assert after - before > 190 * MIB
@@ -41,7 +41,7 @@ def test_peak_starts_with_the_process_not_with_its_parent():
     code = (
         "import subprocess, sys\n"
         "b = bytearray(200 << 20); b[::4096] = b'x' * len(b[::4096])\n"
-        "c = 'from pytest_zimage.probes.memory import rss_peak; print(rss_peak().bytes)'\n"
+        "c = 'from pytest_zimage.probes.high_water import rss_peak; print(rss_peak().bytes)'\n"
         "print(subprocess.run([sys.executable, '-c', c], capture_output=True, text=True).stdout)"
     )
     (child,) = in_child(code)
@@ -49,11 +49,11 @@ def test_peak_starts_with_the_process_not_with_its_parent():
 
 
 def test_source_is_named_and_the_fallback_warns(tmp_path):
-    assert memory.rss_peak().source == "VmHWM"
+    assert high_water.rss_peak().source == "VmHWM"
     broken = tmp_path / "status"
     broken.write_text("Name:\tpython\nVmHWM:\tnonsense kB\n")
     for path in (broken, tmp_path / "absent"):
-        fallback = memory.rss_peak(path)
+        fallback = high_water.rss_peak(path)
         assert fallback.source == "ru_maxrss"
         assert fallback.bytes > MIB
         assert "process that started" in fallback.notes[0]
@@ -62,7 +62,7 @@ def test_source_is_named_and_the_fallback_warns(tmp_path):
 def test_the_kernels_kilobytes_are_1024_bytes(tmp_path):
     status = tmp_path / "status"
     status.write_text("Name:\tpython\nVmPeak:\t 9000 kB\nVmHWM:\t  1000 kB\n")
-    assert memory.rss_peak(status) == (1_024_000, "VmHWM", ())
+    assert high_water.rss_peak(status) == (1_024_000, "VmHWM", ())
 
 
 def test_no_peak_at_all_is_an_error_not_a_zero(tmp_path, monkeypatch):
@@ -70,7 +70,7 @@ def test_no_peak_at_all_is_an_error_not_a_zero(tmp_path, monkeypatch):
 
     monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=0))
     with pytest.raises(MeasurementError, match="VmHWM"):
-        memory.rss_peak(tmp_path / "absent")
+        high_water.rss_peak(tmp_path / "absent")
 
 
 def test_rss_now_is_in_bytes():

@@ -304,15 +304,15 @@ def test_compressed_tensors_nvfp4_is_recognised_and_converted(tmp_path):
 
 
 def test_read_without_conversion_it_would_be_noise(tmp_path, monkeypatch):
-    from pytest_zimage.checkpoints import assembly
+    from pytest_zimage.checkpoints import filling
 
     path = altered(files_of("nvfp4")["transformer"], tmp_path / "packed.safetensors", compressed)
-    real = assembly.to_comfy
+    real = filling.to_comfy
 
     def scales_only(record, tensors):
         return {**real(record, tensors), "weight": tensors["weight"]}
 
-    monkeypatch.setattr(assembly, "to_comfy", scales_only)
+    monkeypatch.setattr(filling, "to_comfy", scales_only)
     assert relative(latents(load("nvfp4", {"transformer": path}), 2), latents(load("nvfp4"), 2)) > 0.3
 
 

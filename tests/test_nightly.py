@@ -11,27 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from verdicts import SLOWER, results
 
 from pytest_zimage.reports import results as results_file
-from pytest_zimage.reports.results import ErrorRow, Results
+from pytest_zimage.reports.results import ErrorRow
 from pytest_zimage.verdict.model import Verdict
 
 HERE = Path(__file__).parent.parent
 SCRIPT = HERE / "tools" / "nightly.py"
 WORKFLOWS = HERE / ".github" / "workflows"
-SLOWER = Verdict(
-    test="suites/test_warm_latency.py::test_warm_latency[nvfp4]",
-    variant="nvfp4",
-    metric="warm_latency",
-    unit="s",
-    verdict="SLOWER",
-    outcome="regression",
-    value=6.61,
-    baseline=5.50,
-    change=0.201,
-    interval=(0.189, 0.214),
-    band=0.03,
-)
 
 
 @pytest.fixture
@@ -66,16 +54,6 @@ def pretend(nightly, monkeypatch, tmp_path):
         return ended, tmp_path / "out"
 
     return night
-
-
-def results(*verdicts, errors=()):
-    return Results(
-        started_at="2026-01-01T00:00:00+00:00",
-        finished_at="2026-01-01T01:00:00+00:00",
-        environment={"device": "NVIDIA GB10", "comfy-kitchen": "0.3.0", "torch": "2.12"},
-        verdicts=verdicts,
-        errors=errors,
-    )
 
 
 def test_the_steps_run_end_to_end_on_the_tiny_model(tmp_path, tiny):

@@ -1,13 +1,12 @@
 """The rule for paired image scores: its formulas, its boundaries, and what it promises over many simulated sessions."""
 
-import importlib.util
 import math
 import statistics
-from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+from loading import module_of
 
 from pytest_zimage.catalog import load_catalog
 from pytest_zimage.catalog.model import Metric
@@ -16,7 +15,6 @@ from pytest_zimage.verdict.paired import PairRule, judge_paired, pair_name, prom
 from pytest_zimage.verdict.paired_published import judge_printed
 from pytest_zimage.verdict.words import word
 
-ROOT = Path(__file__).parents[1]
 CATALOG = load_catalog()
 CLIP, LPIPS, PSNR = (CATALOG.metrics[name] for name in ("clip_score", "lpips", "psnr"))
 SET = CATALOG.prompt_set("quality-6x3")
@@ -299,10 +297,7 @@ def test_a_users_own_score_needs_nothing_else():
 
 @pytest.fixture(scope="module")
 def benchmark_module():
-    spec = importlib.util.spec_from_file_location("paired_rule", ROOT / "benchmarks" / "paired_rule.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of("benchmarks/paired_rule.py")
 
 
 def test_promises_over_simulated_sessions(benchmark_module, capsys):

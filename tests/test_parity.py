@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytest_zimage.catalog import load_catalog
-from pytest_zimage.judging_parity import precision_of
+from pytest_zimage.judging.parity import precision_of
 from pytest_zimage.quality.limits import load_limits
 
 HERE = Path(__file__).parent

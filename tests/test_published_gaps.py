@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import LOCAL
+from conftest import LOCAL, TIMED
 from pytest_zimage.baselines.schema import Key
 from pytest_zimage.baselines.store import Absent, BaselineStore, Found
 from pytest_zimage.catalog import load_catalog
@@ -84,20 +84,12 @@ def test_a_broken_published_file_is_an_error_and_not_absent(store, folder):
 
 # ---- as a user sees it -----------------------------------------------------------
 
-SUITE = """
-def test_warm_latency(zimage):
-    zimage.gate(zimage.warm_latency())
-
-def test_cold_load(zimage):
-    zimage.gate(zimage.cold_load())
-"""
-
 
 @pytest.fixture
 def published(script):
     """bf16 and nvfp4 have a warm latency; bf16's file says that it was printed."""
     script.record("bf16,nvfp4", script.QUIET)
-    script.project.makepyfile(test_suite=SUITE)
+    script.project.makepyfile(test_suite=TIMED)
     script(default=script.QUIET)
     path = script.project.path / LOCAL / "bf16.json"
     document = json.loads(path.read_text())

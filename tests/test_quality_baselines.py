@@ -1,12 +1,12 @@
 """Image quality as a baseline: what is stored, what is refused, and what a later session is told by it."""
 
-import copy
-import importlib.util
 import json
 import math
 from pathlib import Path
 
 import pytest
+from documents import changed
+from loading import module_of
 from msgspec import structs
 
 from pytest_zimage.baselines import images, writing
@@ -16,9 +16,10 @@ from pytest_zimage.baselines.merging import Fresh, merge_metric
 from pytest_zimage.baselines.quality import Evidence, drawn_pairs, drawn_prompts, identity_to
 from pytest_zimage.baselines.quality_update import MeasuredQuality, update_quality
 from pytest_zimage.baselines.reading import parse_baseline
+from pytest_zimage.baselines.recordable import Measured
 from pytest_zimage.baselines.schema import BaseImages, Key, MetricBaseline, Published
 from pytest_zimage.baselines.store import Absent, BaselineStore
-from pytest_zimage.baselines.update import Measured, update_baselines
+from pytest_zimage.baselines.update import update_baselines
 from pytest_zimage.catalog import load_catalog
 from pytest_zimage.errors import BaselineError, MeasurementError
 from pytest_zimage.verdict.metrics import Sample
@@ -141,9 +142,7 @@ def test_other_metrics_of_the_file_stay(store):
 
 
 def test_recording_timings_leaves_the_images_alone(store):
-    spec = importlib.util.spec_from_file_location("runs", Path(__file__).with_name("test_baseline_update.py"))
-    runs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(runs)
+    runs = module_of("tests/test_baseline_update.py")
     update(store, evidence(previews=previews()))
     rows = update_baselines(
         store, CATALOG, [runs.measured()], mode="replace", reason="timings", recorded_at="2026-02-07"
@@ -619,28 +618,17 @@ CLIP = "metrics.clip_score"
     ],
 )
 def test_every_mistake_names_its_field(document, where, value, named):
-    changed = copy.deepcopy(document)
-    *parents, last = where.split(".")
-    node = changed
-    for part in parents:
-        node = node[part]
-    if value is ...:
-        del node[last]
-    else:
-        node[last] = value
     with pytest.raises(BaselineError) as caught:
-        parse(changed)
+        parse(changed(document, where, value))
     assert f"field '{named}" in caught.value.message
     assert caught.value.mend
 
 
 @pytest.mark.parametrize("field", [{"scorer": "x"}, {"margin": 1.0}, {"ceiling": 1.0}, {"unfit": ["a"]}])
 def test_fields_of_image_scores_belong_nowhere_else(document, field):
-    changed = copy.deepcopy(document)
     warm = {"unit": "s", "runs": [{"rounds": [1.0], "recorded_at": "2026-01-31"}], **field}
-    changed["metrics"]["warm_latency"] = warm
     with pytest.raises(BaselineError, match=rf"metrics.warm_latency.{next(iter(field))}.*metric that is sampled"):
-        parse(changed)
+        parse(changed(document, "metrics.warm_latency", warm))
 
 
 @pytest.mark.parametrize(
@@ -653,14 +641,12 @@ def test_fields_of_image_scores_belong_nowhere_else(document, field):
     ],
 )
 def test_printed_scores(document, change, named):
-    changed = copy.deepcopy(document)
     printed = {"n": 18, "mean": 0.33, "std": 0.04, "seeds": [42], "by_prompt": {"anime": 0.33}}
     row = {"unit": "score", "direction": "higher", "scorer": "open_clip", "published": printed}
-    changed["metrics"]["clip_score"] = row
-    assert parse(changed).metrics["clip_score"].published.by_prompt == {"anime": 0.33}
-    row["published"] = {**printed, **change}
+    sound = parse(changed(document, "metrics.clip_score", row))
+    assert sound.metrics["clip_score"].published.by_prompt == {"anime": 0.33}
     with pytest.raises(BaselineError, match=named):
-        parse(changed)
+        parse(changed(document, "metrics.clip_score", {**row, "published": {**printed, **change}}))
 
 
 def test_an_unreadable_file_is_an_error_for_its_images_too(store):

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pytest_zimage import readers
 from pytest_zimage.catalog import load_catalog
 from pytest_zimage.checkpoints.building import build_transformer
 from pytest_zimage.checkpoints.synthetic import set_dims
-from pytest_zimage.option_table import OPTIONS
+from pytest_zimage.options import readers
+from pytest_zimage.options.table import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,12 +10,12 @@ import pytest
 from msgspec import structs
 
 from pytest_zimage.catalog import load_catalog
-from pytest_zimage.desk import QualityDesk
 from pytest_zimage.engines.base import Engine
 from pytest_zimage.engines.local import LocalEngine
 from pytest_zimage.engines.protocol import DrawnImage, Injection
 from pytest_zimage.errors import CatalogError
-from pytest_zimage.gallery import Gallery
+from pytest_zimage.images.desk import QualityDesk
+from pytest_zimage.images.gallery import Gallery
 
 SUITES = Path(__file__).parents[1] / "suites"
 CATALOG = load_catalog()

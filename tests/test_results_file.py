@@ -10,7 +10,9 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import verdicts
 from msgspec import structs
+from verdicts import SLOWER, but
 
 from pytest_zimage.baselines.update import UpdateResult
 from pytest_zimage.engines.protocol import Loaded, Reported, Round
@@ -19,7 +21,6 @@ from pytest_zimage.errors import ZImageError
 from pytest_zimage.reports import results
 from pytest_zimage.reports.results import ErrorRow, Results
 from pytest_zimage.reports.schema import results_schema, schema_text
-from pytest_zimage.verdict.model import Verdict
 
 SCHEMA_FILE = Path(__file__).parents[1] / "docs" / "results.schema.json"
 REQUIRED = (
@@ -27,22 +28,7 @@ REQUIRED = (
     *("band", "noise", "mde", "k_base", "k_new", "samples", "notes"),
 )
 
-VERDICT = Verdict(
-    test="suites/test_warm_latency.py::test_warm_latency[nvfp4]",
-    variant="nvfp4",
-    metric="warm_latency",
-    unit="s",
-    verdict="SLOWER",
-    outcome="regression",
-    value=6.61,
-    baseline=5.5,
-    change=0.2,
-    interval=(0.19, 0.21),
-    band=0.03,
-    samples=((6.6, 6.61), (6.62,)),
-    phases={"read": (None, 1.0)},
-    environment_changed={"torch": ("2.10", "2.11")},
-)
+VERDICT = but(SLOWER, notes=())
 RUN = RunRecord(
     variant="nvfp4",
     index=0,
@@ -58,12 +44,10 @@ RUN = RunRecord(
     disk_bytes=1,
     environment={"torch": "2.11"},
 )
-RESULTS = Results(
-    started_at="2026-01-02T03:04:05+00:00",
-    finished_at="2026-01-02T03:05:05+00:00",
-    environment={"torch": "2.11"},
+RESULTS = verdicts.results(
+    VERDICT,
+    but(VERDICT, value={"a": 1}, baseline={"a": 2}, unit="count"),
     settings={"rounds": 10, "config": ["nvfp4"], "strict": False, "results": None},
-    verdicts=(VERDICT, structs.replace(VERDICT, value={"a": 1}, baseline={"a": 2}, unit="count")),
     errors=(ErrorRow(test="t", variant="bf16", kind="EngineError", message="died", mend="look"),),
     runs=(RUN,),
     updates=(UpdateResult(variant="bf16", metric="warm_latency", unit="s", action="recorded", old=None, new=1.0),),
@@ -119,7 +103,7 @@ def test_schema_refuses_a_verdict_without(name, tmp_path):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_null_and_told(bad, tmp_path):
-    broken = structs.replace(
+    broken = but(
         VERDICT,
         value=bad,
         mde=bad,

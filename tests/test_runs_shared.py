@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-SUITE = """
-def test_warm_latency(zimage):
-    zimage.gate(zimage.warm_latency())
+from conftest import TIMED
 
-def test_cold_load(zimage):
-    zimage.gate(zimage.cold_load())
-
+SUITE = f"""{TIMED}
 def test_memory(zimage):
     zimage.gate(zimage.rss_peak(), zimage.working_set())
 
 def test_files(zimage):
     zimage.gate(zimage.disk_bytes(), zimage.weight_bytes(), zimage.tensors(), zimage.linears(), zimage.forwards())
 """
-BASE = [{"rounds": [x], "cold": 10 * x} for x in (1.000, 1.004, 0.997, 1.002, 0.999)]
 
 
 @pytest.fixture
 def recorded(script):
     script.project.makepyfile(test_suite=SUITE)
-    script(default=BASE)
-    done = script.project.runpytest_subprocess(
-        "--update-baselines", "--update-reason", "first", "--zimage-config", "bf16,nvfp4"
-    )
-    assert done.ret == 0
-    (script.project.path / "ran.log").unlink()
+    script.record("bf16,nvfp4", script.QUIET)
+    script(default=script.QUIET)
     return script
 
 
@@ -45,7 +36,7 @@ def test_variants_are_grouped(recorded):
 
 
 def test_a_regression_is_confirmed_by_a_second_run_of_that_variant_only(recorded, results):
-    recorded(bf16=BASE, nvfp4=[{"rounds": [1.1]}])
+    recorded(bf16=recorded.QUIET, nvfp4=[{"rounds": [1.1]}])
     done = recorded.project.runpytest_subprocess("--zimage-config", "bf16,nvfp4")
     done.assert_outcomes(failed=1, passed=7)
     assert recorded.ran == ["bf16-1", "nvfp4-1", "nvfp4-2"]
@@ -54,7 +45,7 @@ def test_a_regression_is_confirmed_by_a_second_run_of_that_variant_only(recorded
 
 
 def test_one_slow_run_alone_is_no_regression(recorded):
-    recorded(bf16=BASE, nvfp4=[{"rounds": [1.1]}, {"rounds": [1.0]}, {"rounds": [1.001]}])
+    recorded(bf16=recorded.QUIET, nvfp4=[{"rounds": [1.1]}, {"rounds": [1.0]}, {"rounds": [1.001]}])
     done = recorded.project.runpytest_subprocess("--zimage-config", "nvfp4")
     done.assert_outcomes(passed=3, skipped=0, failed=0)
     assert recorded.ran == ["nvfp4-1", "nvfp4-2", "nvfp4-3"]
@@ -62,7 +53,10 @@ def test_one_slow_run_alone_is_no_regression(recorded):
 
 
 def test_a_failed_run_is_every_tests_error_and_made_once(recorded):
-    recorded(bf16=BASE, nvfp4=[{"error": "CheckpointError", "message": "x.safetensors: truncated, 12 bytes missing"}])
+    recorded(
+        bf16=recorded.QUIET,
+        nvfp4=[{"error": "CheckpointError", "message": "x.safetensors: truncated, 12 bytes missing"}],
+    )
     done = recorded.project.runpytest_subprocess("--zimage-config", "bf16,nvfp4")
     done.assert_outcomes(passed=4, failed=4)
     assert recorded.ran == ["bf16-1", "nvfp4-1"]
@@ -71,7 +65,7 @@ def test_a_failed_run_is_every_tests_error_and_made_once(recorded):
 
 
 def test_fresh_runs_can_be_asked_for(recorded, results):
-    recorded(bf16=BASE)
+    recorded(bf16=recorded.QUIET)
     recorded.project.runpytest_subprocess("--zimage-config", "bf16", "--zimage-runs", "3", "-k", "warm_latency")
     assert recorded.ran == ["bf16-1", "bf16-2", "bf16-3"]
     (verdict,) = results()["verdicts"]

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_zimage.catalog import load_catalog
-from pytest_zimage.desk import QualityDesk
 from pytest_zimage.engines.protocol import DrawnImage, Injection
 from pytest_zimage.errors import EngineError
+from pytest_zimage.images.desk import QualityDesk
 
 CATALOG = load_catalog()
 

@@ -6,34 +6,26 @@ import shlex
 
 import pytest
 from msgspec import structs
+from verdicts import SLOWER as LATENCY
+from verdicts import but
 
 from pytest_zimage.baselines.update import UpdateResult
 from pytest_zimage.reports.table import update_table, verdict_table
 from pytest_zimage.verdict.model import Verdict
 
-PASS = Verdict(
+PASS = but(
+    LATENCY,
     test="suites/test_warm_latency.py::test_warm_latency[bf16]",
     variant="bf16",
-    metric="warm_latency",
-    unit="s",
     verdict="PASS",
     outcome="pass",
     value=5.51,
-    baseline=5.50,
     change=0.0018,
     interval=(-0.01, 0.013),
-    band=0.03,
-    noise=0.007,
-    mde=0.031,
 )
-
-
-def but(start: Verdict = PASS, /, **changes: object) -> Verdict:
-    return structs.replace(start, **changes)
-
-
-SLOWER = but(variant="nvfp4-fp8e", verdict="SLOWER", outcome="regression", value=6.61, change=0.2014)
+SLOWER = but(PASS, variant="nvfp4-fp8e", verdict="SLOWER", outcome="regression", value=6.61, change=0.2014)
 MISSING = but(
+    PASS,
     metric="rss_peak",
     unit="bytes",
     verdict="NO BASELINE",
@@ -43,6 +35,7 @@ MISSING = but(
     change=None,
 )
 CHANGED = but(
+    PASS,
     metric="weight_bytes",
     unit="bytes",
     verdict="CHANGED",
@@ -113,7 +106,7 @@ def test_never_wider_than_the_terminal_and_eighty_is_the_least(width):
 
 
 def test_counts_and_legend():
-    lines = verdict_table([*ALL, but(injected=True)]).splitlines()
+    lines = verdict_table([*ALL, but(PASS, injected=True)]).splitlines()
     assert lines[-2] == "5 verdicts: 2 pass, 1 no baseline, 1 changed, 1 regression"
     assert "! failed   ? not judged   * injected" in lines
     assert any("PASS*" in line for line in lines)
@@ -135,9 +128,23 @@ def test_last_line_names_the_command_that_helps_most():
     )
     assert record[2:6] == ["--zimage-config", "bf16,nvfp4", "--zimage-device", "cpu"]
     assert record[6:9] == ["--update-baselines", "--update-mode", "new"]
-    assert "--update-baselines" in next_command(PASS, but(outcome="improvement", verdict="FASTER"))
-    assert "--update-baselines" not in next_command(but(outcome="inconclusive"), MISSING)
-    assert verdict_table([PASS]).splitlines()[-1] == "next: nothing to do, every verdict is a pass"
+    assert "--update-baselines" in next_command(PASS, but(PASS, outcome="improvement", verdict="FASTER"))
+    assert "--update-baselines" not in next_command(but(PASS, outcome="inconclusive"), MISSING)
+    assert verdict_table([PASS]).splitlines()[-1] == "next: nothing to do, all that was judged is a pass"
+
+
+def test_claims_of_another_machine_have_lines_instead_of_rows():
+    order = " < ".join(f"policy-with-a-long-name-{number} {number}.00 s" for number in range(1, 8))
+    seen = but(PASS, outcome="seen", verdict="SEEN", metric="order", claim="x", claim_of="gb10", notes=(order,))
+    other = but(seen, metric="speedup", notes=("nvfp4 / bf16 = 0.7; as claimed", "a note"))
+    lines = verdict_table([seen, other], width=80).splitlines()
+    assert lines[0] == "  claims of gb10"
+    assert [line.split()[0] for line in lines[1:4]] == ["order", "policy-with-a-long-name-5", "speedup"]
+    assert max(map(len, lines)) <= 160
+    assert lines[-1].startswith("next: nothing to do: claims of another machine")
+    both = verdict_table([PASS, seen]).splitlines()
+    assert [line.split()[0] for line in both[:2]] == ["variant", "bf16"]
+    assert both[-2:] == ["2 verdicts: 1 pass, 1 seen", "next: nothing to do, all that was judged is a pass"]
 
 
 def test_nothing_measured_is_not_an_empty_success():

@@ -7,13 +7,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-SUITE = """
-def test_warm_latency(zimage):
-    zimage.gate(zimage.warm_latency())
+from conftest import TIMED
 
-def test_cold_load(zimage):
-    zimage.gate(zimage.cold_load())
-
+SUITE = f"""{TIMED}
 def test_memory(zimage):
     zimage.gate(zimage.rss_peak())
 """

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-SUITE = """
-def test_warm_latency(zimage):
-    zimage.gate(zimage.warm_latency())
+from conftest import TIMED
 
-def test_cold_load(zimage):
-    zimage.gate(zimage.cold_load())
-
+SUITE = f"""{TIMED}
 def test_memory(zimage):
     zimage.gate(zimage.rss_peak())
 """
-BASE = [{"rounds": [x], "cold": 10 * x} for x in (1.000, 1.004, 0.997, 1.002, 0.999)]
 NOW = {
     "bf16": [{"rounds": [1.001]}],
     "nvfp4": [{"rounds": [1.2]}],
@@ -27,12 +22,7 @@ NAMES = "bf16,nvfp4,fp8-cast,fp8-scaled"
 @pytest.fixture
 def recorded(script):
     script.project.makepyfile(test_suite=SUITE)
-    script(default=BASE)
-    done = script.project.runpytest_subprocess(
-        "--update-baselines", "--update-reason", "first", "--zimage-config", NAMES
-    )
-    assert done.ret == 0
-    (script.project.path / "ran.log").unlink()
+    script.record(NAMES, script.QUIET)
     script(**NOW)
     return script
 
@@ -82,7 +72,7 @@ def test_one_results_file_and_one_table(recorded):
 
 def test_updating_from_two_workers_loses_nothing(script, results):
     script.project.makepyfile(test_suite=SUITE)
-    script(default=BASE)
+    script(default=script.QUIET)
     done = script.project.runpytest_subprocess(
         "--update-baselines", "--update-reason", "first", "--zimage-config", NAMES, "-n", "2"
     )

@@ -19,9 +19,10 @@ from typing import get_args
 from msgspec import structs
 
 from pytest_zimage.baselines.merging import Mode
+from pytest_zimage.baselines.recordable import Measured, outlying_runs
 from pytest_zimage.baselines.schema import Key
 from pytest_zimage.baselines.store import BaselineStore
-from pytest_zimage.baselines.update import Measured, UpdateResult, outlying_runs, update_baselines
+from pytest_zimage.baselines.update import UpdateResult, update_baselines
 from pytest_zimage.catalog import Catalog, load_catalog
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import MeasurementError, ZImageError

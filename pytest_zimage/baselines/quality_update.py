@@ -18,9 +18,9 @@ from pytest_zimage.baselines.quality_merging import (
     unfit_for,
 )
 from pytest_zimage.baselines.rewriting import rewritten
-from pytest_zimage.baselines.schema import Baseline, Key, MetricBaseline
+from pytest_zimage.baselines.schema import Baseline, Key
 from pytest_zimage.baselines.store import BaselineStore
-from pytest_zimage.baselines.update import UpdateResult, centre
+from pytest_zimage.baselines.update import UpdateResult, result_of
 from pytest_zimage.catalog import Catalog
 from pytest_zimage.errors import BaselineError
 
@@ -58,7 +58,7 @@ def update_quality(
     for one in measured:
         stop = refusal(one.evidence)
         if stop is not None:
-            results += [_row(one, catalog, name, None, stop) for name in one.metrics]
+            results += [result_of(one.key, catalog, name, None, stop) for name in one.metrics]
             continue
         by_layer: dict[Layer, list[str]] = {}
         for name in one.metrics:
@@ -90,7 +90,7 @@ def _write(
             name: changed or unfit.get(name) or merge_scores(current, catalog.metrics[name], evidence, mode)
             for name in names
         }
-        results.extend(_row(one, catalog, name, old.get(name), answer) for name, answer in answers.items())
+        results.extend(result_of(one.key, catalog, name, old.get(name), answer) for name, answer in answers.items())
         if any(answer.action == "refused" and name not in unfit for name, answer in answers.items()):
             images = None
         else:
@@ -120,25 +120,10 @@ def _write(
         store.rewrite(one.key, layer, merge, replace_unreadable=mode == "replace", previews=previews)
     except BaselineError as error:
         return [
-            _row(one, catalog, name, None, Merged(action="refused", reason=error.message, mend=error.mend))
+            result_of(one.key, catalog, name, None, Merged(action="refused", reason=error.message, mend=error.mend))
             for name in names
         ]
     return results
-
-
-def _row(one: MeasuredQuality, catalog: Catalog, name: str, old: MetricBaseline | None, answer: Merged) -> UpdateResult:
-    return UpdateResult(
-        variant=one.key.variant,
-        metric=name,
-        unit=catalog.metrics[name].unit,
-        action=answer.action,
-        old=centre(old) if old else None,
-        new=centre(answer.stored) if answer.stored else None,
-        runs_old=len(old.scores) if old else 0,
-        runs_new=len(answer.stored.scores) if answer.stored else 0,
-        reason=answer.reason,
-        mend=answer.mend,
-    )
 
 
 def _images_row(one: MeasuredQuality, old: int, new: int, answer: Merged) -> UpdateResult:

@@ -1,7 +1,8 @@
 """The catalogue: variants, workloads, device classes, metrics and model configurations, as TOML people edit."""
 
+from pytest_zimage.catalog.catalog import Catalog
 from pytest_zimage.catalog.claims import Claim
-from pytest_zimage.catalog.loader import Catalog, load_catalog
+from pytest_zimage.catalog.loader import load_catalog
 from pytest_zimage.catalog.model import (
     ROLE_FOLDERS,
     ROLES,

@@ -1,39 +1,26 @@
-"""Puts the tensors of one file into one network that was built without storage.
+"""Plans how the tensors of one file come into one network that was built without storage.
 
 Everything that can be told from names and shapes is settled before a byte of tensor data is read: what is missing,
-unexpected or of the wrong shape, and which module computes each layer.
+unexpected or of the wrong shape, and which module computes each layer. `filling` then takes the values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from pytest_zimage.checkpoints.filling import Filling
 from pytest_zimage.checkpoints.formats import Contents, QuantisedLayer
 from pytest_zimage.checkpoints.header import TensorInfo
 from pytest_zimage.checkpoints.keymap import Rename, fused_name, is_fused_qkv, split_qkv
-from pytest_zimage.checkpoints.linears import (
-    FastFp8Linear,
-    QuantisedActivationsLinear,
-    WeightOnlyLinear,
-    fp8_by_maximum,
-)
-from pytest_zimage.checkpoints.nibbles import to_comfy
 from pytest_zimage.checkpoints.online import install_online, quantises_at_load
 from pytest_zimage.checkpoints.precision import Precision, install_casts, install_quantised
 from pytest_zimage.checkpoints.projections import separate_where_needed
-from pytest_zimage.checkpoints.quantised import (
-    ScaleCheck,
-    logical_shape,
-    split_rows,
-    split_scales,
-    stored_shape,
-    weight_tensor,
-)
+from pytest_zimage.checkpoints.quantised import logical_shape, stored_shape
 from pytest_zimage.checkpoints.reader import TORCH_DTYPES
 from pytest_zimage.errors import CheckpointError
 
@@ -62,17 +49,15 @@ class Assembly:
         self._device = device
         separate_where_needed(network, contents, rename)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-        self._held: dict[str, torch.dtype] = {}
         self._filled: set[str] = set()
         self._accept: dict[str, Callable[[torch.Tensor], None]] = {}
-        self._scales = ScaleCheck(path)
+        self._values = Filling(network, path, precision)
         self.wanted: list[TensorInfo] = []
         self.dequantised: set[str] = set()
         """Formats computed weight-only because the device cannot multiply them."""
         self.finely_scaled = 0
         """FP8 layers computed weight-only because they have several scales."""
         self._parts: dict[str, dict[int, torch.Tensor]] = {}
-        self._at_load: set[str] = set()
         unexpected = []
         for name, tensor in contents.plain.items():
             target = rename(name)
@@ -84,7 +69,7 @@ class Assembly:
                 unexpected.append(layer.name)
         self._refuse("has tensors that the network does not", unexpected)
         self._refuse("lacks tensors of the network", [name for name in self._shapes if name not in self._filled])
-        install_casts(network, self._held, precision)
+        install_casts(network, self._values.held, precision)
 
     def accept(self, info: TensorInfo, tensor: torch.Tensor) -> None:
         """Take one of `wanted`, on the device and in the file's type."""
@@ -92,11 +77,9 @@ class Assembly:
 
     def finish(self) -> None:
         """Raises `CheckpointError` for a scale that cannot be right and for a parameter that nothing filled."""
-        self._scales.finish()
+        self._values.finish()
         named = [*self._network.named_parameters(), *self._network.named_buffers()]
         self._refuse("left tensors of the network empty", [name for name, tensor in named if tensor.is_meta])
-
-    # ---- plans: names and shapes only ---------------------------------------
 
     def _plan_plain(self, target: str, info: TensorInfo, mixed_file: bool) -> bool:
         """Whether the network has a place for it."""
@@ -117,7 +100,7 @@ class Assembly:
         for name in targets:
             self._claim(name, info)
             self._hold(name, dtype, mixed_file)
-        self._want(info, partial(self._fill_plain, targets))
+        self._want(info, partial(self._values.plain, targets))
         return True
 
     def _plan_part(self, fused: str, part: int, info: TensorInfo, mixed_file: bool) -> None:
@@ -129,16 +112,17 @@ class Assembly:
             self._claim(fused, info)
             self._hold(fused, TORCH_DTYPES[info.dtype], mixed_file)
         arrived = self._parts.setdefault(fused, {})
-        self._want(info, partial(self._fill_third, fused, part, arrived))
+        self._want(info, partial(self._values.third, fused, part, arrived))
 
     def _hold(self, name: str, dtype: torch.dtype, mixed_file: bool) -> None:
         path = name.rpartition(".")[0]
-        self._held[name] = self._precision.held_as(self._network.get_submodule(path), dtype, mixed_file)
-        if self._precision.online_fp8 and quantises_at_load(self._network, path):
-            self._held[name] = self._precision.compute
-            self._at_load.add(name)
-            if install_online(self._network, path, self._device):
-                self.dequantised.add("float8_e4m3fn")
+        if not (self._precision.online_fp8 and quantises_at_load(self._network, path)):
+            held = self._precision.held_as(self._network.get_submodule(path), dtype, mixed_file)
+            self._values.hold(name, held, online=False)
+            return
+        self._values.hold(name, self._precision.compute, online=True)
+        if install_online(self._network, path, self._device):
+            self.dequantised.add("float8_e4m3fn")
 
     def _plan_layer(self, target: str, layer: QuantisedLayer) -> bool:
         targets = self._targets(target, logical_shape(layer)[0])
@@ -156,7 +140,7 @@ class Assembly:
         self.finely_scaled += layer.scale_blocks is not None
         arrived: dict[str, torch.Tensor] = {}
         for suffix, info in layer.tensors.items():
-            self._want(info, partial(self._fill_part, targets, layer, (rows, columns), arrived, suffix))
+            self._want(info, partial(self._values.part, targets, layer, (rows, columns), arrived, suffix))
         return True
 
     def _targets(self, target: str, rows: int) -> list[str]:
@@ -180,70 +164,6 @@ class Assembly:
     def _want(self, info: TensorInfo, accept: Callable[[torch.Tensor], None]) -> None:
         self.wanted.append(info)
         self._accept[info.name] = accept
-
-    # ---- values ---------------------------------------------------------------
-
-    def _fill_plain(self, targets: list[str], tensor: torch.Tensor) -> None:
-        for name, part in zip(targets, tensor.chunk(len(targets)), strict=True):
-            # A part is copied, since it would keep the whole fused tensor alive.
-            held = part.to(self._held[name], copy=len(targets) > 1)
-            self._set(name, held.reshape(self._shapes[name]))
-
-    def _fill_third(self, fused: str, part: int, arrived: dict[int, torch.Tensor], tensor: torch.Tensor) -> None:
-        arrived[part] = tensor
-        if len(arrived) == 3:
-            self._fill_plain([fused], torch.cat([arrived[index] for index in range(3)]))
-            arrived.clear()
-
-    def _fill_part(
-        self,
-        targets: list[str],
-        layer: QuantisedLayer,
-        shape: tuple[int, int],
-        arrived: dict[str, torch.Tensor],
-        suffix: str,
-        tensor: torch.Tensor,
-    ) -> None:
-        """Keep one tensor of a quantised layer until the last has come, then build its weight."""
-        if suffix != "weight":
-            self._scales.add(layer, suffix, tensor)
-        arrived[suffix] = tensor
-        if len(arrived) < len(layer.tensors):
-            return
-        tensors = to_comfy(layer.options, arrived)
-        # What waits for other tensors must not keep these alive.
-        arrived.clear()
-        for name, part in zip(targets, self._weights(layer, tensors, shape, len(targets)), strict=True):
-            module = self._set(name, part)
-            if isinstance(module, WeightOnlyLinear | QuantisedActivationsLinear):
-                module.pre_quant_scale = tensors.get("pre_quant_scale")
-            if isinstance(module, QuantisedActivationsLinear):
-                module.set_input_scale(tensors.get("input_scale"))
-        if layer.scale_blocks is not None:
-            scales = split_scales(self._path, layer, tensors["weight_scale"], len(targets))
-            for name, scale in zip(targets, scales, strict=True):
-                self._network.get_submodule(name.removesuffix(".weight")).weight_scale = scale
-
-    def _weights(
-        self, layer: QuantisedLayer, tensors: dict[str, torch.Tensor], shape: tuple[int, int], parts: int
-    ) -> Sequence[torch.Tensor]:
-        """The weight of `layer` in equal `parts` of its rows."""
-        if layer.scale_blocks is not None:
-            return tensors["weight"].chunk(parts)
-        weight = weight_tensor(layer, tensors, shape, self._precision.compute)
-        return [weight] if parts == 1 else split_rows(self._path, layer, weight, parts)
-
-    def _set(self, name: str, value: torch.Tensor) -> nn.Module:
-        path, _, leaf = name.rpartition(".")
-        module = self._network.get_submodule(path)
-        if isinstance(module, FastFp8Linear) and leaf == "weight":
-            value = FastFp8Linear.pack(value, self._precision.compute)
-        if name in self._at_load:
-            value = fp8_by_maximum(value)
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-        return module
-
-    # ---- errors -----------------------------------------------------------------
 
     def _refuse(self, what: str, names: list[str]) -> None:
         if names:

@@ -1,19 +1,16 @@
-"""Which tensors of a file are quantised layers, and how: ComfyUI's three ways of saying so and ModelOpt's, no torch.
+"""Which tensors of a file are quantised layers, and how, by the records of ComfyUI, compressed-tensors and ModelOpt.
 
-Rules as in ComfyUI comfy/utils.py `convert_old_quants` and comfy/ops.py `mixed_precision_ops`: what the header's
-`_quantization_metadata` says of a layer wins over the layer's own `.comfy_quant` blob, which wins over the old
-`scaled_fp8` marker. A file with ModelOpt's quantisation config is read by that alone.
+A file with ModelOpt's quantisation config is read by that alone. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
-from pytest_zimage.checkpoints import modelopt
+from pytest_zimage.checkpoints import comfy_records, modelopt
+from pytest_zimage.checkpoints.comfy_records import OLD_SUFFIXES, ComfySource
 from pytest_zimage.checkpoints.gguf_header import GGUF_SUFFIX
 from pytest_zimage.checkpoints.header import Header, TensorInfo
 from pytest_zimage.checkpoints.keymap import TRANSFORMER_PREFIXES
@@ -23,7 +20,7 @@ from pytest_zimage.checkpoints.svdquant import SUFFIXES, SVDQUANT, check_svdquan
 from pytest_zimage.errors import CheckpointError, UnsupportedError
 
 Format = Literal["float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise", "svdquant_w4a4", "gguf"]
-Source = Literal["none", "header", "blobs", "scaled_fp8", "modelopt", "compressed-tensors"]
+Source = Literal[ComfySource, "modelopt", "compressed-tensors"]
 
 GGUF: Format = "gguf"
 """Stands for all types of GGUF, which only a GGUF file has."""
@@ -35,10 +32,8 @@ SCALE_SUFFIXES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_sc
 _OWN_SUFFIXES: dict[str, tuple[str, ...]] = {SVDQUANT: SUFFIXES, GGUF: ()}
 
 _COMFYUI_ONLY = ("convrot_w4a4", "asym_w4a8_int8", "awq_w4a16")
-_OLD_SUFFIXES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
-_ORPHANS = (*SCALE_SUFFIXES, *_OLD_SUFFIXES, *SUFFIXES)
+_ORPHANS = (*SCALE_SUFFIXES, *OLD_SUFFIXES, *SUFFIXES)
 _PACKED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "U8", "I8")
-_BLOB_LIMIT_BYTES = 65536
 _GUESS = "; without one, NVFP4 may have either half of a byte first, and the wrong one decodes to noise"
 _ANEW = "have the file written anew, or take the official one"
 
@@ -82,20 +77,8 @@ def detect(header: Header, read: Callable[[TensorInfo], bytes]) -> Contents:
     `UnsupportedError` for formats and scale shapes that are sound but not served.
     """
     prefix, tensors = _strip_prefix(header)
-    marker = tensors.pop("scaled_fp8", None)
-    records: dict[str, dict[str, Any]] = {}
-    source: Source = "none"
-    if marker is not None:
-        source = "scaled_fp8"
-        records |= _from_marker(header, marker, tensors, read)
-    blobs = _from_blobs(header, tensors, read)
-    if blobs:
-        source = "blobs"
-        records |= blobs
-    named = _from_header(header, prefix)
-    if named is not None:
-        source = "header"
-        records |= named
+    source: Source
+    records, source = comfy_records.records(header, prefix, tensors, read)
     packed = compressed_tensors_records(header.path, tensors)
     if packed:
         source = "compressed-tensors"
@@ -122,87 +105,6 @@ def _strip_prefix(header: Header) -> tuple[str, dict[str, TensorInfo]]:
             raise CheckpointError(f"{header.path}: tensor {bare!r} is there with and without {prefix!r}", mend=_ANEW)
         tensors[bare] = tensor
     return prefix, tensors
-
-
-def _from_marker(
-    header: Header, marker: TensorInfo, tensors: dict[str, TensorInfo], read: Callable[[TensorInfo], bytes]
-) -> dict[str, dict[str, Any]]:
-    """Old scaled FP8: renames its scales in `tensors` to today's names. A marker of two elements means weight-only."""
-    record: dict[str, Any] = {"format": "float8_e4m3fn"}
-    if marker.elements == 2:
-        record["full_precision_matrix_mult"] = True
-    records: dict[str, dict[str, Any]] = {}
-    for name in list(tensors):
-        layer, _, suffix = name.rpartition(".")
-        if suffix not in _OLD_SUFFIXES:
-            continue
-        tensor = tensors.pop(name)
-        if suffix == "scale_weight":
-            records[layer] = record
-        elif _is_one(header, tensor, read):
-            continue
-        today = f"{layer}.{_OLD_SUFFIXES[suffix]}"
-        if today in tensors:
-            raise CheckpointError(f"{header.path}: both {name!r} and {today!r} are there", mend=_ANEW)
-        tensors[today] = tensor
-    return records
-
-
-def _is_one(header: Header, tensor: TensorInfo, read: Callable[[TensorInfo], bytes]) -> bool:
-    if tensor.dtype != "F32" or tensor.elements != 1:
-        raise CheckpointError(
-            f"{header.path}: tensor {tensor.name!r}: an input scale is one F32 number, "
-            f"not {tensor.dtype} {list(tensor.shape)}",
-            mend=_ANEW,
-        )
-    value: float = struct.unpack("<f", read(tensor))[0]
-    return value == 1.0
-
-
-def _from_blobs(
-    header: Header, tensors: dict[str, TensorInfo], read: Callable[[TensorInfo], bytes]
-) -> dict[str, dict[str, Any]]:
-    """Per-layer JSON in U8 tensors; takes them out of `tensors`."""
-    records = {}
-    for name in [name for name in tensors if name.endswith(".comfy_quant")]:
-        tensor, layer = tensors.pop(name), name.removesuffix(".comfy_quant")
-        if tensor.dtype != "U8" or len(tensor.shape) != 1 or tensor.nbytes > _BLOB_LIMIT_BYTES:
-            raise CheckpointError(
-                f"{header.path}: tensor {tensor.name!r}: expected JSON in a short U8 vector, "
-                f"found {tensor.dtype} {list(tensor.shape)}",
-                mend=_ANEW,
-            )
-        try:
-            value = json.loads(read(tensor))
-        except ValueError as error:
-            raise CheckpointError(f"{header.path}: tensor {tensor.name!r}: not JSON: {error}", mend=_ANEW) from error
-        records[layer] = _record(header, layer, value)
-    return records
-
-
-def _from_header(header: Header, prefix: str) -> dict[str, dict[str, Any]] | None:
-    text = header.metadata.get("_quantization_metadata")
-    if text is None:
-        return None
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{header.path}: _quantization_metadata in the header is not JSON: {error}", mend=_ANEW
-        ) from error
-    layers = document.get("layers") if isinstance(document, dict) else None
-    if not isinstance(layers, dict):
-        raise CheckpointError(f"{header.path}: _quantization_metadata in the header has no table 'layers'", mend=_ANEW)
-    return {name.removeprefix(prefix): _record(header, name, value) for name, value in layers.items()}
-
-
-def _record(header: Header, layer: str, value: object) -> dict[str, Any]:
-    """A layer's record is a table with a `format`, or in older files the bare name of the format."""
-    if isinstance(value, str):
-        return {"format": value}
-    if not isinstance(value, dict) or not isinstance(value.get("format"), str):
-        raise CheckpointError(f"{header.path}: layer {layer!r}: its quantisation record names no format", mend=_ANEW)
-    return value
 
 
 def _layer(header: Header, name: str, record: dict[str, Any], tensors: dict[str, TensorInfo]) -> QuantisedLayer:

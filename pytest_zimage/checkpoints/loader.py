@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,20 +17,14 @@ from pytest_zimage.catalog.model import ModelDims, Role, Variant
 from pytest_zimage.checkpoints import keymap
 from pytest_zimage.checkpoints.assembly import Assembly
 from pytest_zimage.checkpoints.building import build_text_encoder, build_transformer, build_vae, torch_dtype
+from pytest_zimage.checkpoints.counting import count_compute, count_weights
 from pytest_zimage.checkpoints.folders import read_weights
 from pytest_zimage.checkpoints.formats import detect
 from pytest_zimage.checkpoints.keymap import Rename
-from pytest_zimage.checkpoints.linears import (
-    FP8,
-    FastFp8Linear,
-    FinelyScaledFp8Linear,
-    LinearModule,
-    QuantisedActivationsLinear,
-    WeightOnlyLinear,
-)
+from pytest_zimage.checkpoints.linears import FP8
 from pytest_zimage.checkpoints.lora import attach_lora
 from pytest_zimage.checkpoints.precision import Precision
-from pytest_zimage.checkpoints.quantised import held_tensors, multiplies_natively, storage_type
+from pytest_zimage.checkpoints.quantised import multiplies_natively
 from pytest_zimage.checkpoints.shard_reader import ShardReader
 from pytest_zimage.checkpoints.staging import Staging
 from pytest_zimage.errors import CheckpointError, MissingFileError, UnsupportedError
@@ -194,43 +187,3 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder}: the tokenizer has no chat template", mend="fetch the tokenizer folder of Z-Image-Turbo"
         )
     return tokenizer
-
-
-def count_weights(networks: tuple[nn.Module, ...]) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes held and number of weights, by storage type; a weight that two places share counts once.
-
-    The scales of a quantised weight belong to its bytes; what only the multiplication needs (a scale of the
-    activations, a scale of 1) does not, so that the counts are the same on every device.
-    """
-    sizes: Counter[str] = Counter()
-    tensors: Counter[str] = Counter()
-    seen: set[int] = set()
-    for module in (module for network in networks for module in network.modules()):
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            kind = storage_type(parameter)
-            tensors[kind] += 1
-            unscaled = isinstance(module, FastFp8Linear) and parameter is module.weight
-            sizes[kind] += held_tensors(parameter)[0].nbytes if unscaled else sum(map(_nbytes, held_tensors(parameter)))
-        if isinstance(module, FinelyScaledFp8Linear) and module.weight_scale is not None:
-            sizes[storage_type(module.weight)] += module.weight_scale.nbytes
-        if isinstance(module, WeightOnlyLinear | QuantisedActivationsLinear) and module.pre_quant_scale is not None:
-            sizes[storage_type(module.weight)] += module.pre_quant_scale.nbytes
-    return dict(sorted(sizes.items())), dict(sorted(tensors.items()))
-
-
-def count_compute(networks: tuple[nn.Module, ...]) -> dict[str, int]:
-    """Number of linears by how they compute; a way that none takes is not there."""
-    kinds = Counter(
-        module.compute if isinstance(module, LinearModule) else "plain"
-        for network in networks
-        for module in network.modules()
-        if isinstance(module, nn.Linear | LinearModule)
-    )
-    return dict(sorted(kinds.items()))
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.nbytes

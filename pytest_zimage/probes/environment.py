@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -18,29 +17,8 @@ from typing import Any
 
 import pytest_zimage
 from pytest_zimage.probes.device import Machine
+from pytest_zimage.probes.packages import ABSENT, kitchen_backends, package_versions
 
-PACKAGES = (
-    "accelerate",
-    "comfy-kitchen",
-    "diffusers",
-    "msgspec",
-    "numpy",
-    "nvidia-ml-py",
-    "pillow",
-    "psutil",
-    "pytest",
-    "pytest-benchmark",
-    "pytest-xdist",
-    "safetensors",
-    "scipy",
-    "tokenizers",
-    "torch",
-    "transformers",
-    "triton",
-)
-_WHEEL = "comfy-kitchen_wheel"
-_PACKAGE_KEYS = frozenset({*PACKAGES, _WHEEL, "python"})
-ABSENT = "(absent)"
 UNRECORDED = "(not recorded)"
 _NEVER_MATTERS = frozenset({"started_at", "finished_at", "recorded_at", "wall_s", "pid"})
 _GIT_LIMIT_S = 5.0
@@ -93,62 +71,10 @@ def worker_environment(torch: Any, comfy_kitchen: Any, device: str = "cpu") -> d
     return dict(sorted(found.items()))
 
 
-def slow_kitchen(found: Mapping[str, str]) -> str:
-    """Why quantised layers run without native kernels on the GPU of the record `found`; empty where they do not.
-
-    pip takes the pure-Python wheel without a word where no other fits: everything still works, slowly.
-    """
-    wheel, backends = found.get(_WHEEL, ""), found.get("comfy-kitchen_backends")
-    usable = backends is None or "cuda" in backends.split(",")
-    if "device_capability" not in found or (usable and "py3-none-any" not in wheel):
-        return ""
-    return (
-        f"comfy-kitchen has no cuda backend on {found.get('device', 'this GPU')} (wheel {wheel or 'unknown'}; backends "
-        f"{backends or 'unknown'}): everything still works, slowly. Its wheels with kernels need glibc 2.28 or newer "
-        f"(here {found.get('libc') or 'unknown'}) and a matching Python (here {found.get('python', 'unknown')})"
-    )
-
-
 def other_weights(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """The weights files, by `weights.ROLE`, whose recorded hash is not the present one: (old, new)."""
     changed = diff(old, new)
     return {key: pair for key, pair in changed.items() if key.startswith("weights.") and pair[0] != UNRECORDED}
-
-
-def kitchen_backends(comfy_kitchen: Any) -> str:
-    """Backends of comfy-kitchen that would be used, such as `cuda,eager,triton`; `none` if there is none."""
-    usable = (
-        name
-        for name, state in comfy_kitchen.list_backends().items()
-        if state.get("available") and not state.get("disabled")
-    )
-    return ",".join(sorted(usable)) or "none"
-
-
-def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Installed versions by distribution name; and comfy-kitchen's wheel tag, whose `py3-none-any` has no kernels."""
-    found: dict[str, str] = {}
-    for name in names:
-        try:
-            distribution = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = ABSENT
-            continue
-        found[name] = distribution.version
-        if name == "comfy-kitchen":
-            found[_WHEEL] = wheel_tags(distribution.read_text("WHEEL") or "")
-    return found
-
-
-def without_packages(found: Mapping[str, str]) -> dict[str, str]:
-    """`found` without Python and packages, for an engine that draws with others than those of this process."""
-    return {key: value for key, value in found.items() if key not in _PACKAGE_KEYS}
-
-
-def wheel_tags(wheel: str) -> str:
-    """The tags in a WHEEL file (PEP 427), compressed to one line; `(not a wheel)` without any."""
-    tags = [line.partition(":")[2].strip() for line in wheel.splitlines() if line.startswith("Tag:")]
-    return ",".join(sorted(tags)) or "(not a wheel)"
 
 
 def git_commit(rootdir: Path) -> str:

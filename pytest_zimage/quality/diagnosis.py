@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from pytest_zimage.engines.protocol import DrawnImage
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -28,7 +30,7 @@ _LIKE = 0.15
 """Smallest lead in correlation by which an image must be closer to another prompt's than to its own."""
 
 
-class Drawn(Struct, frozen=True):
+class _Pair(Struct, frozen=True):
     """One image, and its reference's of the same prompt and seed."""
 
     prompt: str
@@ -38,19 +40,26 @@ class Drawn(Struct, frozen=True):
     fingerprint: str
 
 
-def causes(images: Sequence[Drawn], recorded: Mapping[str, str], reference: str = "bf16") -> list[str]:
+def probable_causes(
+    drawn: Sequence[DrawnImage], references: Sequence[DrawnImage], recorded: Mapping[str, str], reference: str
+) -> list[str]:
     """Sentences for a report, the most certain first.
 
-    `recorded` maps `prompt/seed` to the baseline's fingerprint, `reference` is the variant of the reference images.
+    `references` are of the same prompts and seeds as `drawn`, in their order, and called `reference`; `recorded` maps
+    `prompt/seed` to the baseline's fingerprint.
     """
-    swapped = _recorded_elsewhere(images, recorded)
-    if swapped:
-        return [swapped]
-    found = [_grain(images, reference), _like_another_prompt(images), _like_another_seed(images, reference)]
-    return [cause for cause in found if cause]
+    images = [
+        _Pair(one.prompt, one.seed, one.path, other.path, one.pixels_sha256)
+        for one, other in zip(drawn, references, strict=True)
+    ]
+    if swapped := _recorded_elsewhere(images, recorded):
+        found = [swapped]
+    else:
+        found = [_grain(images, reference), _like_another_prompt(images), _like_another_seed(images, reference)]
+    return [f"probable cause: {cause}" for cause in found if cause]
 
 
-def _recorded_elsewhere(images: Sequence[Drawn], recorded: Mapping[str, str]) -> str:
+def _recorded_elsewhere(images: Sequence[_Pair], recorded: Mapping[str, str]) -> str:
     """An image that is, to the bit, the one recorded for another prompt or seed."""
     owners = {fingerprint: pair for pair, fingerprint in recorded.items()}
     moved = [
@@ -65,7 +74,7 @@ def _recorded_elsewhere(images: Sequence[Drawn], recorded: Mapping[str, str]) ->
     return f"{what}: {len(moved)} of {len(images)} images are bit for bit another's: {told}"
 
 
-def _grain(images: Sequence[Drawn], reference: str) -> str:
+def _grain(images: Sequence[_Pair], reference: str) -> str:
     from statistics import median
 
     # Independent noises add by their squares.
@@ -93,7 +102,7 @@ def _noise(pixels: Pixels) -> float:
     return float(np.sqrt(3) * np.sqrt(np.pi / 2) / 6 * np.abs(response).mean())
 
 
-def _like_another_prompt(images: Sequence[Drawn]) -> str:
+def _like_another_prompt(images: Sequence[_Pair]) -> str:
     """Images that look like the reference's of another prompt with the same seed rather than of their own."""
     thumbs = {(image.prompt, image.seed): _thumb(image.reference) for image in images}
     strays: list[str] = []
@@ -110,7 +119,7 @@ def _like_another_prompt(images: Sequence[Drawn]) -> str:
     return f"the prompts are swapped: {len(strays)} of {len(images)} images look like another prompt's: {strays[0]}"
 
 
-def _like_another_seed(images: Sequence[Drawn], reference: str) -> str:
+def _like_another_seed(images: Sequence[_Pair], reference: str) -> str:
     """Images no closer to the reference's of their seed than those of different seeds are to each other."""
     from statistics import median
 

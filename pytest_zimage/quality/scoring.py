@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TypeVar
 
 import numpy as np
@@ -17,20 +15,18 @@ from msgspec import structs
 from pytest_zimage.errors import MeasurementError, UnsupportedError
 from pytest_zimage.probes.environment import usable_cores
 from pytest_zimage.quality.checks import Pixels, inspect
-from pytest_zimage.quality.clip import ClipScorer, open_clip_scorer
+from pytest_zimage.quality.clip import ClipScorer
 from pytest_zimage.quality.images import pixels_sha256, read_image
 from pytest_zimage.quality.limits import load_limits
-from pytest_zimage.quality.lpips import LpipsScorer, open_lpips_scorer
-from pytest_zimage.quality.pixels import compare_pixels, pixel_scorers
+from pytest_zimage.quality.lpips import LpipsScorer
+from pytest_zimage.quality.pixels import compare_pixels
 from pytest_zimage.quality.protocol import (
     Comparison,
     ControlPrompt,
     ControlScores,
     ImageScore,
     Item,
-    Open,
     PathPair,
-    Ready,
     ScoreControls,
 )
 
@@ -180,37 +176,6 @@ class Scoring:
                     distance = _finite(distance, lpips.scorer.identity, images[i].path)
                     compared[i] = structs.replace(compared[i], lpips=distance)
         return compared
-
-
-def open_scoring(request: Open, device_name: str, pid: int, import_s: float, progress: Report) -> tuple[Scoring, Ready]:
-    """Load the scorers that `request` names; raises what their openers raise."""
-    begin = time.perf_counter()
-    device = torch.device(device_name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError(f"the judge sees no device {device_name!r}", mend="let it run on the CPU")
-    if request.threads:
-        torch.set_num_threads(request.threads)
-    # TF32 would move scores by more than the gate's margin of error between two kinds of GPU.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    progress("loading CLIP", 0, 0)
-    clip = open_clip_scorer(request.choice, device) if request.choice.clip else None
-    progress("loading LPIPS", 0, 0)
-    lpips = open_lpips_scorer(request.choice, device) if request.choice.lpips else None
-    networks = tuple(opened.scorer for opened in (clip, lpips) if opened is not None)
-    ready = Ready(
-        pid=pid,
-        import_s=import_s,
-        load_s=time.perf_counter() - begin,
-        scorers=(*networks, *pixel_scorers()),
-        environment={
-            "torch": str(torch.__version__),
-            "pillow": version("pillow"),
-            "device": device_name,
-            "threads": str(torch.get_num_threads()),
-        },
-    )
-    return Scoring(clip, lpips), ready
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -100,7 +100,7 @@ class _Judge:
         if not request.choice.allow_download:
             # The hub's libraries ask the network for what is cached, too; this is their one switch, read at import.
             os.environ["HF_HUB_OFFLINE"] = "1"
-        from pytest_zimage.quality.scoring import open_scoring
+        from pytest_zimage.quality.opening import open_scoring
 
         import_s = time.perf_counter() - begin
         self._opened, ready = open_scoring(request, self._device, os.getpid(), import_s, self._report)

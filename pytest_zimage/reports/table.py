@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pytest_zimage.baselines.update import UpdateResult
 from pytest_zimage.reports import commands, units
+from pytest_zimage.reports.claims import claim_lines
 from pytest_zimage.reports.machine import throughput_lines, unfit_lines
 from pytest_zimage.verdict.model import Outcome, Verdict
 
@@ -37,26 +38,23 @@ _GAP = "  "
 def verdict_table(verdicts: Sequence[Verdict], *, width: int = _MIN_WIDTH, options: Sequence[str] = ()) -> str:
     """All verdicts in the order given, one line each; then the counts, and last the command to run next.
 
+    Claims that are only seen have their own lines: against what was claimed of another machine, no change means much.
     `finds` is the smallest change found 8 times out of 10. `width` is the terminal's, at least 80 is used;
     `options` are this session's command line options that the command must repeat.
     """
     if not verdicts:
         return "no verdicts: nothing was measured"
-    names = list(_COLUMNS)
-    rows = [{name: cell(verdict) for name, cell in _COLUMNS.items()} for verdict in verdicts]
-    lines = _fitted(names, rows, max(width, _MIN_WIDTH))
+    rows = [
+        {name: cell(verdict) for name, cell in _COLUMNS.items()} for verdict in verdicts if verdict.outcome != "seen"
+    ]
     legend = legend_line(verdicts)
-    about = [*claim_lines(verdicts), *unfit_lines(verdicts), *throughput_lines(verdicts)]
-    return "\n".join(
-        [
-            *lines,
-            *([legend] if legend else []),
-            *(["", *about] if about else []),
-            "",
-            counts_line(verdicts),
-            next_line(verdicts, options),
-        ]
+    parts = (
+        [*_fitted(list(_COLUMNS), rows, max(width, _MIN_WIDTH)), *([legend] if legend else [])] if rows else [],
+        claim_lines(verdicts),
+        [*unfit_lines(verdicts), *throughput_lines(verdicts)],
+        [counts_line(verdicts), next_line(verdicts, options)],
     )
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
 def counts_line(verdicts: Sequence[Verdict]) -> str:
@@ -67,11 +65,6 @@ def counts_line(verdicts: Sequence[Verdict]) -> str:
     )
     noun = "verdict" if len(verdicts) == 1 else "verdicts"
     return f"{len(verdicts)} {noun}: {told}"
-
-
-def claim_lines(verdicts: Sequence[Verdict]) -> list[str]:
-    """A line for each published claim: where it was made, and what is seen of it here."""
-    return [f"  {verdict.metric}: {verdict.notes[0]}" for verdict in verdicts if verdict.claim and verdict.notes]
 
 
 def legend_line(verdicts: Sequence[Verdict]) -> str:
@@ -94,7 +87,9 @@ def next_line(verdicts: Sequence[Verdict], options: Sequence[str] = ()) -> str:
         return f"next: {commands.closer(unfit, options)}"
     if better := [verdict for verdict in verdicts if verdict.outcome == "improvement"]:
         return f"next: {commands.accept(better[0], options)}"
-    return "next: nothing to do, every verdict is a pass"
+    if any(verdict.outcome == "pass" for verdict in verdicts):
+        return "next: nothing to do, all that was judged is a pass"
+    return "next: nothing to do: claims of another machine, engine or workload are told here and not judged"
 
 
 def _first(verdicts: Sequence[Verdict], *outcomes: Outcome) -> Verdict | None:

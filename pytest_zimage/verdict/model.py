@@ -94,3 +94,5 @@ class Verdict(Struct, frozen=True, kw_only=True):
     `noise` are then at equal speed, `value` and `samples` as measured."""
     claim: str = ""
     """The published claim that this is about, with its source; `baseline` is then what the claim expects here."""
+    claim_of: str = ""
+    """Where that claim was made, and in what this session differs."""

@@ -21,19 +21,14 @@ from typing import Protocol
 from msgspec import structs
 
 from pytest_zimage.errors import BaselineError, MeasurementError
+from pytest_zimage.verdict.checks import Summary
 from pytest_zimage.verdict.model import Judgement, Outcome
 from pytest_zimage.verdict.paired import PairRule, judge_paired, judgement, prompt_of, take_pairs
 
 
-class PrintedScores(Protocol):
+class PrintedScores(Summary, Protocol):
     """A printed summary of scores."""
 
-    @property
-    def n(self) -> int: ...
-    @property
-    def mean(self) -> float: ...
-    @property
-    def std(self) -> float: ...
     @property
     def bare(self) -> bool: ...
     @property

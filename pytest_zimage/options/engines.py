@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from pytest_zimage.option_table import OPTIONS, Option
+from pytest_zimage.options.table import OPTIONS, Option
 
 _SHIPPED = {"diffusers", *(row.engine for row in OPTIONS if row.engine)}
 

@@ -11,17 +11,16 @@ from pytest_zimage.baselines.store import Absent
 from pytest_zimage.catalog import Claim, Metric
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import MeasurementError
-from pytest_zimage.judging_fitness import about_machine, unfit
-from pytest_zimage.reports import units
+from pytest_zimage.judging.fitness import about_machine, unfit
+from pytest_zimage.reports import claims
 from pytest_zimage.reports.delta import delta_text, headline
 from pytest_zimage.session import ZImageSession
-from pytest_zimage.verdict.claims import Pair, claimed_ratio, judge_claim, judge_exact_ratio, worst
+from pytest_zimage.verdict.claims import Pair, judge_claim, judge_exact_ratio, worst
 from pytest_zimage.verdict.constants import RuleConstants
 from pytest_zimage.verdict.metrics import Sample, take
 from pytest_zimage.verdict.model import Judgement, Verdict
 
 _WORDS = {"pass": "HOLDS", "regression": "BROKEN", "inconclusive": "INCONCLUSIVE", "unfit": "UNFIT", "seen": "SEEN"}
-_SEEN = {"pass": "as claimed", "regression": "not as claimed", "inconclusive": "too uncertain to say"}
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,12 @@ class ClaimCheck:
         unjudged = verdict.outcome in ("inconclusive", "unfit")
         if verdict.outcome == "regression" or (unjudged and self._session.settings.strict):
             pytest.fail(text, pytrace=False)
-        if unjudged or verdict.outcome == "seen":
+        if unjudged:
             pytest.skip(f"zimage {verdict.verdict}: {headline(verdict, self.claim.title)}; {verdict.notes[0]}")
+        if verdict.outcome == "seen":
+            pytest.skip(
+                f"zimage {verdict.verdict}: {self.claim.title}: {verdict.notes[0]}; claim of {verdict.claim_of}"
+            )
 
     def _missing(self) -> str:
         known, selected = self._session.catalog.variants, {v.name for v in self._session.variants()}
@@ -110,9 +113,13 @@ class ClaimCheck:
             k_base=seen.judgement.k_base,
             k_new=seen.judgement.k_new,
             samples=tuple(sample.rounds for sample in seen.samples[decisive.variant] if sample.rounds),
-            notes=(*self._told(seen, decisive), *self._devices(every)),
+            notes=(
+                *claims.seen(self.claim, seen.pairs, decisive, metric.unit, judged=not self._elsewhere),
+                *self._devices(every),
+            ),
             injected=bool(self._session.injection),
-            claim=f"{self.claim.title} ({self.claim.source}: {self._printed()}; {self._made_on()})",
+            claim=claims.source(self.claim, self.names),
+            claim_of=claims.place(self.claim, self._elsewhere),
         )
         judged_here = about_machine(self._session, verdict, metric, every, why)
         return structs.replace(judged_here, flops_per_image=None, ceiling_tflops=None)
@@ -146,54 +153,6 @@ class ClaimCheck:
             )
         judgement = judge_exact_ratio(self.claim, value, other, metric.band)
         return Pair(variant=name, against=against, ratio=value / other, judgement=judgement)
-
-    def _told(self, seen: _Seen, decisive: Pair) -> list[str]:
-        where = f"claim of {self._made_on()}, seen here"
-        here = f"{where} {' '.join(self._elsewhere)}" if self._elsewhere else where
-        told = f"{here}: {self._ratio(decisive)}" if len(seen.pairs) == 1 else f"{here}: {self._order(seen)}"
-        lines = [f"{told}; {_SEEN[self._seen(decisive)]}" if self._elsewhere else told]
-        if len(seen.pairs) > 1:
-            lines += [
-                f"{pair.against} before {pair.variant}: {self._ratio(pair)}; {_SEEN[self._seen(pair)]}"
-                for pair in seen.pairs
-                if pair.judgement.outcome != "pass"
-            ]
-        return lines
-
-    def _seen(self, pair: Pair) -> str:
-        """The outcome; where one run a side may not conclude, what its 95 % interval shows all the same."""
-        judged = pair.judgement
-        if judged.outcome != "inconclusive" or judged.interval is None or judged.band is None:
-            return judged.outcome
-        (low, high), band = judged.interval, judged.band
-        beyond = {
-            "slower_than": high < band,
-            "order": high < band,
-            "unchanged": low > band or high < 1 / (1 + band) - 1,
-        }.get(self.claim.kind, low > band)
-        return "regression" if beyond else judged.outcome
-
-    def _ratio(self, pair: Pair) -> str:
-        expected, interval = claimed_ratio(self.claim), pair.judgement.interval
-        claimed = {"slower_than": "> 1", "order": "> 1", "unchanged": "1"}.get(self.claim.kind, f"<= {expected:.3f}")
-        text = f"{pair.variant} / {pair.against} = {pair.ratio:.3f}"
-        if interval is not None:
-            low, high = ((1 + bound) * expected for bound in interval)
-            text += f" (95 % interval {low:.3f} .. {high:.3f})"
-        return f"{text}, claimed {claimed}"
-
-    def _order(self, seen: _Seen) -> str:
-        centres = {pair.variant: pair.judgement.value or 0.0 for pair in seen.pairs}
-        centres |= {pair.against: pair.judgement.baseline or 0.0 for pair in seen.pairs}
-        unit = self._session.catalog.metrics[self.claim.metric].unit
-        ascending = sorted(centres, key=centres.__getitem__)
-        return " < ".join(f"{name} {units.value(centres[name], unit)}" for name in ascending)
-
-    def _printed(self) -> str:
-        return ", ".join(f"{name} {self.claim.printed[name]:g} {self.claim.printed_unit}" for name in self.names)
-
-    def _made_on(self) -> str:
-        return f"{self.claim.lane} through {self.claim.engine} at {self.claim.workload}"
 
     def _devices(self, records: list[RunRecord]) -> list[str]:
         """Two GPUs of one kind are not equally fast: under xdist the two sides may come from different ones."""

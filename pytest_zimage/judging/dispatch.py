@@ -6,7 +6,7 @@ from pytest_zimage.baselines.store import Found
 from pytest_zimage.catalog import Variant
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import BaselineError, MeasurementError
-from pytest_zimage.judging_twins import judge_by_twin
+from pytest_zimage.judging.twins import judge_by_twin
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.model import Verdict
 from pytest_zimage.verdict.moves import moves

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from pytest_zimage.catalog import Variant
 from pytest_zimage.engines.protocol import DrawnImage
 from pytest_zimage.errors import ZImageError
-from pytest_zimage.gallery import by_pair
+from pytest_zimage.images.gallery import by_pair
 from pytest_zimage.quality.protocol import Item
 
 if TYPE_CHECKING:
-    from pytest_zimage.desk import QualityDesk
+    from pytest_zimage.images.desk import QualityDesk
     from pytest_zimage.session import ZImageSession
 
 _HANDED_IN = 4
@@ -32,13 +32,12 @@ def scoring_meanwhile(session: ZImageSession, desk: QualityDesk, variant: Varian
     if at_hand is None:
         return lambda image: None
     known = by_pair(at_hand)
-    item = desk.items(variant)
     waiting: list[Item] = []
 
     def arrived(image: DrawnImage) -> None:
         reference = image if itself else known.get((image.prompt, image.seed))
         if reference is not None:
-            waiting.append(item(image, reference))
+            waiting.append(desk.item(image, reference))
         if len(waiting) >= _HANDED_IN:
             # Its errors are told when the scores are collected.
             with contextlib.suppress(ZImageError):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from statistics import fmean
 
 from pytest_zimage.baselines.compare import require_same_weights
 from pytest_zimage.baselines.compare_quality import compare_quality
 from pytest_zimage.baselines.images import previews_folder
 from pytest_zimage.baselines.quality import Evidence, drawn_pairs, identity_to
-from pytest_zimage.baselines.quality_update import MeasuredQuality, update_quality
 from pytest_zimage.baselines.store import Absent, Found
 from pytest_zimage.catalog import Metric, Variant
-from pytest_zimage.judging import published_note
+from pytest_zimage.judging.metric import published_note
 from pytest_zimage.probes import environment
-from pytest_zimage.quality.diagnosis import Drawn, causes
-from pytest_zimage.recording import update_row
+from pytest_zimage.quality.diagnosis import probable_causes
 from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.model import Judgement, Verdict
@@ -100,28 +97,6 @@ def judge_quality(session: ZImageSession, test: str, variant: Variant, name: str
     return _explained(session, test, variant, metric, evidence, found, judgement)
 
 
-def record_quality(session: ZImageSession, test: str, variant: Variant, metrics: tuple[str, ...]) -> list[Verdict]:
-    """Record the scores of `metrics` instead of judging them, with fingerprints and previews.
-
-    All seeds are recorded, also those that only an inconclusive verdict draws: it needs the baseline's side of them.
-    """
-    evidence = session.desk.evidence(variant, session.desk.gallery.stages[-1])
-    blind = [blind_scorer(session, test, variant, session.catalog.metrics[name]) for name in metrics]
-    recordable = tuple(name for name, verdict in zip(metrics, blind, strict=True) if verdict is None)
-    results = update_quality(
-        session.store,
-        session.catalog,
-        [MeasuredQuality(key=session.key(variant), evidence=evidence, metrics=recordable)] if recordable else [],
-        mode=session.settings.update_mode,
-        reason=session.settings.update_reason,
-        recorded_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    # Every test of the variant records the same images; once is enough to be told.
-    session.updates.extend(row for row in results if row.metric != SOUND or row.action != "unchanged")
-    unfit = [verdict for verdict in blind if verdict is not None]
-    return unfit + [update_row(test, result, len(evidence.pairs), "absolute") for result in results]
-
-
 def blind_scorer(session: ZImageSession, test: str, variant: Variant, metric: Metric) -> Verdict | None:
     """The verdict UNFIT, if the scorer tells no prompt's own images from the controls: then its scores say nothing."""
     outcomes = session.desk.controls(variant) if metric.controls else ()
@@ -185,11 +160,7 @@ def _causes(session: ZImageSession, variant: Variant, found: Found | Absent) -> 
     """What probably happened, in words; images that are blank have been told already."""
     recorded = found.baseline.images.fingerprints if isinstance(found, Found) and found.baseline.images else {}
     images, references = session.desk.gallery.images(variant), session.desk.gallery.references(variant)
-    drawn = [
-        Drawn(image.prompt, image.seed, image.path, reference.path, image.pixels_sha256)
-        for image, reference in zip(images, references, strict=True)
-    ]
-    return [f"probable cause: {cause}" for cause in causes(drawn, recorded, variant.reference)]
+    return probable_causes(images, references, recorded, variant.reference)
 
 
 def _side_by_side(session: ZImageSession, variant: Variant, found: Found | Absent) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pytest_zimage import readers
+from pytest_zimage.options import readers
 
 
 @dataclass(frozen=True)

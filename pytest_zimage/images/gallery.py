@@ -16,7 +16,7 @@ from msgspec import structs
 from pytest_zimage.catalog import Prompt, PromptSet, Variant
 from pytest_zimage.engines.base import RunPlan
 from pytest_zimage.engines.protocol import DrawImages, DrawnImage
-from pytest_zimage.imaging import Shelf, open_shelf
+from pytest_zimage.images.shelf import Shelf, open_shelf
 from pytest_zimage.verdict.paired import seed_stages
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from pytest_zimage.baselines.compare import base_phases, compare, compare_to_con
 from pytest_zimage.baselines.store import Absent, Found
 from pytest_zimage.catalog import Metric, Variant
 from pytest_zimage.errors import BaselineError
-from pytest_zimage.judging_dispatch import DISPATCH, dispatch_moves
-from pytest_zimage.judging_fitness import about_machine, as_unfit, unfit
+from pytest_zimage.judging.dispatch import DISPATCH, dispatch_moves
+from pytest_zimage.judging.fitness import about_machine, as_unfit, unfit
 from pytest_zimage.probes import environment
+from pytest_zimage.probes.packages import PACKAGES, slow_kitchen
 from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.metrics import Sample, take
@@ -83,7 +84,7 @@ def _explained(
             *judgement.notes,
             *dict.fromkeys(note for sample in samples for note in sample.notes),
             *_control_note(session, variant, metric, samples, found, judgement),
-            *filter(None, [environment.slow_kitchen(session.run(variant, 0).environment)]),
+            *filter(None, [slow_kitchen(session.run(variant, 0).environment)]),
         ),
         phases={name: (before.get(name), seconds) for name, seconds in mean_phases(samples).items()},
         environment_changed=_environment_changed(session, variant, metric.name, found),
@@ -122,7 +123,7 @@ def _environment_changed(
     changed = environment.diff(found.baseline.environment_of(metric), session.run(variant, 0).environment)
     if found.layer == "portable":
         # Recorded on another machine, but with packages, and these choose the kernels.
-        return {name: pair for name, pair in changed.items() if name in environment.PACKAGES}
+        return {name: pair for name, pair in changed.items() if name in PACKAGES}
     return changed
 
 

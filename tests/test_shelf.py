@@ -9,10 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pytest_zimage import imaging
 from pytest_zimage.catalog import load_catalog
 from pytest_zimage.engines.protocol import DrawnImage
-from pytest_zimage.imaging import open_shelf
+from pytest_zimage.images.shelf import open_shelf
 
 CATALOG = load_catalog()
 ENVIRONMENT = {"torch": "2.15.0", "comfy-kitchen": "0.2.40", "device": "CPU", "weights.transformer": "ab", "os": "x"}
@@ -56,7 +55,7 @@ def test_another_build_is_another_place(tmp_path, changes):
 
 def test_other_drawing_code_is_another_build(tmp_path, monkeypatch):
     before = shelf(tmp_path).folder
-    monkeypatch.setattr(imaging, "drawing_code", lambda: "edited")
+    monkeypatch.setattr("pytest_zimage.images.shelf.drawing_code", lambda: "edited")
     assert shelf(tmp_path).folder != before
 
 

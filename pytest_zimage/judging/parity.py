@@ -17,12 +17,12 @@ from pytest_zimage.catalog import Prompt, Variant
 from pytest_zimage.engines.base import Engine, ReportProgress, RunPlan
 from pytest_zimage.engines.protocol import DrawnImage, Injection
 from pytest_zimage.errors import CatalogError, MeasurementError, ZImageError
-from pytest_zimage.imaging import Shelf, image_size
+from pytest_zimage.images.shelf import Shelf, image_size
 from pytest_zimage.probes import environment
 from pytest_zimage.quality.client import Judge
-from pytest_zimage.quality.diagnosis import Drawn, causes
+from pytest_zimage.quality.diagnosis import probable_causes
 from pytest_zimage.quality.limits import ParityLimits, load_limits
-from pytest_zimage.quality.protocol import Comparison, ImageScore, Item, ScorerChoice
+from pytest_zimage.quality.protocol import Comparison, ImageScore, ScorerChoice
 from pytest_zimage.reports import units
 from pytest_zimage.verdict.model import Verdict
 from pytest_zimage.verdict.paired import pair_name
@@ -58,7 +58,7 @@ def judge_parity(session: ZImageSession, test: str, variant: Variant) -> Verdict
     other = _Side(session.settings.parity, session.other_engine, own=False)
     pairs = tuple((prompt, prompt.seeds[0]) for prompt in session.desk.gallery.prompts.prompts[:_IMAGES])
     ours, theirs = (_drawn(session, variant, side, pairs) for side in (mine, other))
-    scored = _compared(session, mine, pairs, ours, theirs)
+    scored = _compared(session, mine, ours, theirs)
     cap = session.catalog.metrics["psnr"].cap
     psnr = {pair_name(one.prompt, one.seed): _decibel(_against(one), cap) for one in scored}
     precision = precision_of(variant)
@@ -127,26 +127,9 @@ def _drawn(
 
 
 def _compared(
-    session: ZImageSession,
-    mine: _Side,
-    pairs: Sequence[tuple[Prompt, int]],
-    ours: Sequence[DrawnImage],
-    theirs: Sequence[DrawnImage],
+    session: ZImageSession, mine: _Side, ours: Sequence[DrawnImage], theirs: Sequence[DrawnImage]
 ) -> tuple[ImageScore, ...]:
-    size = image_size(session.desk.gallery.prompts, session.workload)
-    items = [
-        Item(
-            prompt=prompt.name,
-            text=prompt.text,
-            seed=seed,
-            path=image.path,
-            pixels_sha256=image.pixels_sha256,
-            reference=reference.path,
-            reference_sha256=reference.pixels_sha256,
-            size=size,
-        )
-        for (prompt, seed), image, reference in zip(pairs, ours, theirs, strict=True)
-    ]
+    items = [session.desk.item(image, reference) for image, reference in zip(ours, theirs, strict=True)]
     log = session.folder / "logs" / f"judge-{PARITY}-{os.getpid()}.log"
     with session.reporting("quality judge") as progress, session.book.device(progress):
         # Pixels only: parity asks nothing of a scorer, so none needs weights on this machine.
@@ -179,12 +162,8 @@ def _how_far(scored: Sequence[ImageScore], worst: str) -> str:
 
 
 def _causes(ours: Sequence[DrawnImage], theirs: Sequence[DrawnImage], other: _Side) -> list[str]:
-    drawn = [
-        Drawn(image.prompt, image.seed, image.path, reference.path, image.pixels_sha256)
-        for image, reference in zip(ours, theirs, strict=True)
-    ]
-    seen = [f"probable cause: {cause}" for cause in causes(drawn, {}, other.name)]
-    return [*(f"{one.path} and {two.path}" for one, two in zip(ours, theirs, strict=True)), *seen]
+    where = [f"{one.path} and {two.path}" for one, two in zip(ours, theirs, strict=True)]
+    return [*where, *probable_causes(ours, theirs, {}, other.name)]
 
 
 def _beside(session: ZImageSession, variant: Variant, mine: _Side, other: _Side) -> list[str]:

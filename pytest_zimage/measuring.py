@@ -1,8 +1,8 @@
-"""What the `zimage` fixture gives a test: measurements of one variant, and the gate that judges them."""
+"""What the `zimage` fixture gives a test: measurements of one variant, and the gate to hand them to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,29 +10,17 @@ import pytest
 from pytest_zimage.baselines.store import Found
 from pytest_zimage.catalog import Variant, Workload
 from pytest_zimage.engines.record import RunRecord
-from pytest_zimage.errors import BaselineError, ZImageError
-from pytest_zimage.judging import judge_metric
-from pytest_zimage.judging_dispatch import DISPATCH, judge_quantised
-from pytest_zimage.judging_memory import HELD, RETURNED, judge_held, judge_returned, unsaid
-from pytest_zimage.judging_parity import PARITY, judge_parity
-from pytest_zimage.judging_quality import DRIFT, judge_drift, judge_images, judge_quality, record_quality
-from pytest_zimage.judging_twins import emulation
-from pytest_zimage.recording import REFUSED, record_metrics
+from pytest_zimage.errors import BaselineError
+from pytest_zimage.judging.dispatch import DISPATCH
+from pytest_zimage.judging.gate import gate
+from pytest_zimage.judging.memory import HELD, RETURNED, unsaid
+from pytest_zimage.judging.parity import PARITY
+from pytest_zimage.judging.quality import DRIFT
+from pytest_zimage.judging.twins import emulation
 from pytest_zimage.reports.benchmark_bridge import replay
-from pytest_zimage.reports.delta import delta_text, headline
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.metrics import Sample, take
-from pytest_zimage.verdict.model import Verdict
 from pytest_zimage.verdict.rows import QUANTISED, SOUND
-
-_LIMITS: dict[str, Callable[[ZImageSession, str, Variant], Verdict]] = {
-    SOUND: judge_images,
-    RETURNED: judge_returned,
-    HELD: judge_held,
-    QUANTISED: judge_quantised,
-    PARITY: judge_parity,
-}
-"""Checks against a limit: judged also where baselines are recorded."""
 
 
 @dataclass(frozen=True)
@@ -195,62 +183,4 @@ class ZImage:
         if not measurements:
             raise TypeError("gate() needs at least one measurement, for example zimage.warm_latency()")
         names = tuple(measurement.metric for measurement in measurements)
-        test = self._request.node.nodeid
-        verdicts: list[Verdict] = []
-        errors: list[ZImageError] = []
-        if self._session.settings.update_baselines:
-            verdicts = self._recorded(test, names)
-        else:
-            for name in names:
-                try:
-                    verdicts.append(self._judged(test, name))
-                except ZImageError as error:  # the other metrics are judged all the same
-                    errors.append(error)
-        self._session.verdicts.extend(verdicts)
-        self._conclude(verdicts, errors)
-
-    def _judged(self, test: str, name: str) -> Verdict:
-        if name in _LIMITS:
-            return _LIMITS[name](self._session, test, self.variant)
-        if name == DRIFT:
-            return judge_drift(self._session, test, self.variant)
-        judged = judge_quality if self._is_score(name) else judge_metric
-        return judged(self._session, test, self.variant, name)
-
-    def _recorded(self, test: str, names: tuple[str, ...]) -> list[Verdict]:
-        recordable = tuple(name for name in names if name != DRIFT and name not in _LIMITS)
-        scores = tuple(name for name in recordable if self._is_score(name))
-        others = tuple(name for name in recordable if name not in scores)
-        verdicts = [_LIMITS[name](self._session, test, self.variant) for name in names if name in _LIMITS]
-        if others:
-            verdicts += record_metrics(self._session, test, self.variant, others)
-        if scores:
-            verdicts += record_quality(self._session, test, self.variant, scores)
-        return verdicts
-
-    def _is_score(self, name: str) -> bool:
-        return self._session.catalog.metrics[name].kind == "paired"
-
-    def _conclude(self, verdicts: list[Verdict], errors: list[ZImageError]) -> None:
-        strict = self._session.settings.strict
-        failed = [v for v in verdicts if v.outcome in ("regression", "changed", "error")]
-        unjudged = [v for v in verdicts if v.outcome in ("no-baseline", "inconclusive", "unfit")]
-        if errors:
-            told = dict.fromkeys([*(self._text(verdict) for verdict in failed), *map(str, errors)])
-            raise errors[0] if len(told) == 1 else type(errors[0])("\n\n".join(told))
-        if failed or (strict and unjudged):
-            pytest.fail("\n\n".join(self._text(verdict) for verdict in verdicts), pytrace=False)
-        if unjudged:
-            first = unjudged[0]
-            pytest.skip(f"zimage {first.verdict}: {headline(first, self._title(first))}")
-
-    def _text(self, verdict: Verdict) -> str:
-        if verdict.verdict == REFUSED:
-            kept = "the stored one is as it was" if verdict.baseline is not None else "nothing was stored"
-            first = f"{verdict.variant} {self._title(verdict)}: baseline {REFUSED}, {kept}"
-            return "\n  ".join([first, *verdict.notes])
-        return delta_text(verdict, self._title(verdict), self._session.repeated_options)
-
-    def _title(self, verdict: Verdict) -> str:
-        metric = self._session.catalog.metrics.get(verdict.metric)
-        return metric.title.replace("{reference}", self.variant.reference) if metric else verdict.metric
+        gate(self._session, self._request.node.nodeid, self.variant, names)

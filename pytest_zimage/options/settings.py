@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import pytest
 
-from pytest_zimage import readers
-from pytest_zimage.option_engines import outranked, refuse_others, refuse_unnamed_weights, told
-from pytest_zimage.option_table import OPTIONS, Option
+from pytest_zimage.options import readers
+from pytest_zimage.options.engines import outranked, refuse_others, refuse_unnamed_weights, told
+from pytest_zimage.options.table import OPTIONS, Option
 
 UpdateMode = Literal["replace", "extend", "new"]
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from pytest_zimage.baselines.quality import Evidence, drawn_pairs, drawn_prompts
 from pytest_zimage.catalog import Variant
-from pytest_zimage.early_scoring import scoring_meanwhile
 from pytest_zimage.engines.protocol import DrawnImage
 from pytest_zimage.errors import CatalogError
-from pytest_zimage.gallery import Gallery, by_pair
-from pytest_zimage.imaging import image_size
+from pytest_zimage.images.early_scoring import scoring_meanwhile
+from pytest_zimage.images.gallery import Gallery, by_pair
+from pytest_zimage.images.shelf import image_size
 from pytest_zimage.quality.client import Judge
 from pytest_zimage.quality.controls import ControlOutcome, judge_controls
 from pytest_zimage.quality.limits import load_limits
@@ -85,8 +85,8 @@ class QualityDesk:
     def scores(self, variant: Variant, more: int = 0) -> tuple[ImageScore, ...]:
         """What the judge says of each image, held against its reference's."""
         references = by_pair(self.gallery.references(variant, more))
-        item = self.items(variant)
-        items = [item(image, references[image.prompt, image.seed]) for image in self.gallery.images(variant, more)]
+        images = self.gallery.images(variant, more)
+        items = [self.item(image, references[image.prompt, image.seed]) for image in images]
         with self._session.reporting("quality judge") as progress:
             # On the CPU scoring would disturb what another process of this session is timing.
             quiet = self._session.machine.torch_device == "cpu"
@@ -97,24 +97,19 @@ class QualityDesk:
         """What hands images of `variant` to the judge as they arrive; `scores` then finds them scored."""
         return scoring_meanwhile(self._session, self, variant)
 
-    def items(self, variant: Variant) -> Callable[[DrawnImage, DrawnImage], Item]:
-        """Makes what the judge is asked of an image of `variant` and its reference."""
-        texts = {prompt.name: prompt.text for prompt in self.gallery.prompts.prompts}
-        size = image_size(self.gallery.prompts, self._session.workload)
-
-        def item(image: DrawnImage, reference: DrawnImage) -> Item:
-            return Item(
-                prompt=image.prompt,
-                text=texts[image.prompt],
-                seed=image.seed,
-                path=image.path,
-                pixels_sha256=image.pixels_sha256,
-                reference=reference.path,
-                reference_sha256=reference.pixels_sha256,
-                size=size,
-            )
-
-        return item
+    def item(self, image: DrawnImage, reference: DrawnImage) -> Item:
+        """What a judge is asked of an image and what it is held against, of the same prompt and seed."""
+        (text,) = (prompt.text for prompt in self.gallery.prompts.prompts if prompt.name == image.prompt)
+        return Item(
+            prompt=image.prompt,
+            text=text,
+            seed=image.seed,
+            path=image.path,
+            pixels_sha256=image.pixels_sha256,
+            reference=reference.path,
+            reference_sha256=reference.pixels_sha256,
+            size=image_size(self.gallery.prompts, self._session.workload),
+        )
 
     def controls(self, variant: Variant) -> tuple[ControlOutcome, ...]:
         """Per prompt, whether CLIPScore tells the images of `variant`'s reference from controls that must lose."""

@@ -1,0 +1,77 @@
+"""The catalogue as it was read: rows by name, and how a person names some of them."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+from typing import TypeVar
+
+from msgspec import Struct
+
+from pytest_zimage.catalog.claims import Claim
+from pytest_zimage.catalog.model import DeviceClass, Metric, ModelDims, ModelFile, PromptSet, Variant, Workload
+from pytest_zimage.errors import CatalogError
+
+Row = TypeVar("Row", bound=Struct)
+
+
+class Catalog(Struct, frozen=True):
+    """Everything the TOML files define, by name, in file order."""
+
+    variants: dict[str, Variant]
+    files: dict[str, ModelFile]
+    workloads: dict[str, Workload]
+    prompts: dict[str, PromptSet]
+    devices: dict[str, DeviceClass]
+    metrics: dict[str, Metric]
+    models: dict[str, ModelDims]
+    claims: dict[str, Claim]
+
+    def variant(self, name: str) -> Variant:
+        return _pick(self.variants, name, "variant", "--zimage-list shows them all")
+
+    def workload(self, name: str) -> Workload:
+        return _pick(self.workloads, name, "workload", "name one of the catalogue, or add a table of your own")
+
+    def prompt_set(self, name: str) -> PromptSet:
+        return _pick(self.prompts, name, "prompt set", "name one of the catalogue, or add a table of your own")
+
+    def device(self, name: str) -> DeviceClass:
+        return _pick(self.devices, name, "device class", "name one of the catalogue, or add a table of your own")
+
+    def select(self, patterns: Iterable[str]) -> list[Variant]:
+        """Variants in catalogue order that any of `patterns` names: a name, a glob, or `@tag`.
+
+        No patterns: the default ones, which is what runs when nobody says what to run.
+
+        Raises `CatalogError` for a pattern that names nothing.
+        """
+        wanted = list(patterns)
+        if not wanted:
+            return [variant for variant in self.variants.values() if variant.default]
+        chosen: set[str] = set()
+        for pattern in wanted:
+            if pattern.startswith("@"):
+                hits = [v.name for v in self.variants.values() if pattern[1:] in v.tags]
+                if not hits:
+                    tags = sorted({tag for v in self.variants.values() for tag in v.tags})
+                    raise CatalogError(f"no variant has the tag {pattern}", mend=f"known tags: {', '.join(tags)}")
+            else:
+                hits = fnmatch.filter(self.variants, pattern)
+                if not hits:
+                    self.variant(pattern)
+            chosen.update(hits)
+        return [v for v in self.variants.values() if v.name in chosen]
+
+
+def _pick(rows: dict[str, Row], name: str, what: str, mend: str) -> Row:
+    if name in rows:
+        return rows[name]
+    raise CatalogError(f"unknown {what} {name!r}" + did_you_mean(name, rows), mend=mend)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'nvfp4'?` for a name like one of `known`; empty where none is."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -1,0 +1,1 @@
+"""From the runs and images of a session to verdicts, or to baselines; each verdict with what explains it."""
