@@ -55,6 +55,7 @@ variants = ["nvfp4", "bf16", "fp8-cast"]
 printed = {{ nvfp4 = 5.5, bf16 = 7.55, fp8-cast = 7.60 }}
 """
 MIB = 1 << 20
+USED = {"unavailable": {"working_set": "it had drawn before"}}
 
 
 @pytest.fixture
@@ -116,6 +117,16 @@ def test_broken_where_it_was_made_fails_with_the_delta(claim, results, kind):
     (row,) = results()["verdicts"]
     assert row["outcome"] == "regression"
     assert row["k_new"] == (1 if kind == "disk" else 2 if kind != "slower" else row["k_new"])
+
+
+def test_a_second_run_whose_figure_is_not_its_own_breaks_nothing(claim, results, script):
+    """As of a server that ran already: one run a side is all that there can be."""
+    runs = {"bf16": size(2064), "nvfp4": size(1400)}
+    claim(SMALLER, HERE, **{name: [run, {**run, **USED}] for name, run in runs.items()})
+    (row,) = results()["verdicts"]
+    assert (row["verdict"], row["k_new"], row["k_base"]) == ("INCONCLUSIVE", 1, 1)
+    assert row["notes"][-1] == "1 of 2 runs count, and no more can: it had drawn before"
+    assert sorted(script.ran) == ["bf16-1", "bf16-2", "nvfp4-1", "nvfp4-2"]
 
 
 @pytest.mark.parametrize("strict", [(), ("--zimage-strict",)])

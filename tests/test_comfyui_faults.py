@@ -6,11 +6,15 @@ import os
 import re
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from standins.comfyui_plan import make_files, silent, workload
 from standins.comfyui_server import ComfyUI, standin
 
+from pytest_zimage.engines.comfyui import session as session_module
+from pytest_zimage.engines.comfyui import stream as stream_module
+from pytest_zimage.engines.comfyui.stream import EventStream, StreamLost
 from pytest_zimage.engines.servers.faults import RequestFault
 from pytest_zimage.engines.servers.http import StatusError
 from pytest_zimage.errors import EngineError, MeasurementError, MemoryShortageError, UnsupportedError
@@ -141,6 +145,14 @@ def test_a_refused_node_says_why(server, node, says):
     assert f"\n    node 1 (UNETLoader): input 'steps': {says}" in error.message
 
 
+def test_an_id_of_another_form_is_refused_with_the_reason(server, monkeypatch):
+    """Why prompts are sent with a UUID in small letters."""
+    with server.warm() as session:
+        monkeypatch.setattr(session_module.uuid, "uuid4", lambda: "1A0E6A10-0000-4000-8000-000000000000")
+        with pytest.raises(EngineError, match="it does not take the prompt's id"):
+            session.draw(workload(seed=5), "warm")
+
+
 def test_errors_of_nodes_beside_a_prompt_that_was_taken_are_errors(server):
     nodes = refused("", "value_not_in_list", input_name="vae_name")["answer"]["node_errors"]
     error = failing(server, EngineError, {"fault": "node_errors", "node_errors": nodes})
@@ -180,6 +192,38 @@ def test_a_deleted_prompt_is_noticed_long_before_the_limit(server):
     assert "is neither in its queue nor in its history: it was deleted" in error.message
     assert "leave the server's queue alone" in error.mend
     assert time.monotonic() - began < 300
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "says"),
+    [
+        ("deleted", EngineError, "is neither in its queue nor in its history: it was deleted"),
+        ("stuck", RequestFault, "nothing was heard of prompt"),
+    ],
+)
+def test_what_others_are_told_all_the_time_is_no_sign_of_a_prompt(server, fault, kind, says):
+    """A custom node may tell every client its figures twice a second, whatever becomes of a prompt."""
+    shown = []
+    plan = server.plan(timeout_s=1.0 if fault == "stuck" else 600.0)
+    with server.engine().open(plan, lambda *told: shown.append(told)) as session:
+        session.draw(workload(), "any")
+        server.faults(at={"0": fault}, monitor_s=0.01)
+        shown.clear()
+        with pytest.raises(kind) as caught:
+            session.draw(workload(seed=5), "warm")
+        assert says in caught.value.message
+        assert ("drawing", 0, 0) in shown, "it shows that it is alive"
+        session.draw(workload(seed=6), "warm")
+
+
+def test_messages_without_a_pause_are_not_read_for_ever(monkeypatch):
+    monkeypatch.setattr(stream_module, "_DRAINED_S", 0.05)
+    for endless in (b"a preview", "custom: not JSON"):
+        with EventStream("http://127.0.0.1:9", "me", 1.0) as stream:
+            stream._connection = SimpleNamespace(recv=lambda timeout, endless=endless: endless)
+            assert stream.receive(0.05) is None
+            with pytest.raises(StreamLost, match="without a pause"):
+                stream.drain()
 
 
 def test_a_history_that_stays_empty_is_an_error(server):
@@ -249,6 +293,13 @@ def test_a_reply_is_never_taken_for_a_path(server, image, shown):
     assert shown in error.message
 
 
+@pytest.mark.parametrize("id", ["../queue", "a?b#c", "ü", "a b\r\nX: y", "%2e%2e", "", "x" * 10_000])
+def test_an_id_of_the_servers_own_is_never_taken_for_a_path(server, id):
+    own = {"fault": "own id", "status": 200, "answer": {"prompt_id": id, "number": 0, "node_errors": {}}}
+    error = failing(server, EngineError, own)
+    assert f"gives the prompt an id that is none: {id[:80]!r}" in error.message
+
+
 @pytest.mark.parametrize(
     ("output", "shown"),
     [({"images": []}, "0 images"), ({}, "0 images"), (None, "cannot be read"), ({"images": 3}, "cannot be read")],
@@ -279,6 +330,28 @@ def test_an_image_that_is_another_or_none_at_all_ends_the_run(server, view, says
     server.faults(at={"2": {"fault": "sent", "view": view}})
     with pytest.raises(MeasurementError, match=says):
         server.engine().run(server.plan(rounds=3), silent)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 4], ids=["cold", "warm-up", "first round", "last round"])
+def test_a_black_image_is_no_sample_wherever_it_comes(dying, number):
+    """Of values that are no numbers a process says so once in its life, and here it has said it before."""
+    black = {"fault": "black"}
+    with dying.warm() as session:
+        dying.faults(at={"0": black})
+        session.draw(workload(seed=5), "warm")
+    dying.faults(at={str(number): black})
+    with pytest.raises(MeasurementError, match=r"from seed \d+ gave a picture of one colour, \(0, 0, 0\)") as caught:
+        dying.engine().run(dying.plan(rounds=3), silent)
+    assert dying.counts() == {"black": 1}
+    assert dying.get("/internal/logs").count("invalid value encountered in cast") == 1
+    assert "look at the server's log" in caught.value.mend
+
+
+def test_values_that_are_no_numbers_are_an_error_by_the_log_alone(dying):
+    """Where some of them are numbers, the picture is no black one."""
+    dying.faults(at={"3": {"fault": "says", "warns": "RuntimeWarning: invalid value encountered in cast"}})
+    with pytest.raises(MeasurementError, match="it computed values that are no numbers"):
+        dying.engine().run(dying.plan(rounds=3), silent)
 
 
 # ---- the connection ---------------------------------------------------------------------

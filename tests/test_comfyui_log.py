@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from standins.comfyui_plan import variant, workload
 
 from pytest_zimage.engines.comfyui.log import emulated_ops, facts, problem, said_since
-from pytest_zimage.engines.comfyui.messages import Package, System, SystemStats
+from pytest_zimage.engines.comfyui.messages import Device, Package, System, SystemStats
 from pytest_zimage.engines.comfyui.runlog import RunLog
 from pytest_zimage.engines.comfyui.sight import sight
 from pytest_zimage.engines.comfyui.workflow import build_workflow
@@ -134,9 +135,31 @@ def test_a_fast_cast_that_dynamic_vram_makes_a_plain_one_is_told():
         return sight(SystemStats(System()), looked(log), variant(name), ready, (), {}).unquantised
 
     [why] = unquantised("fp8-cast-fast", NEW)
-    assert "with --disable-dynamic-vram it multiplies in FP8" in why
+    assert why.startswith("fp8_e4m3fn_fast under dynamic VRAM, which --disable-dynamic-vram turns off: ComfyUI casts")
     assert unquantised("fp8-cast", NEW) == ()
     assert unquantised("fp8-cast-fast", NEW.replace("detected and enabled", "disabled")) == ()
+
+
+@pytest.mark.parametrize(
+    ("type", "capability", "flags", "where"),
+    [
+        ("cpu", "", (), "on a CPU"),
+        ("cpu", "9.0", (), "on a CPU"),
+        ("cuda", "8.6", (), "on a GPU of compute capability 8.6, below 8.9"),
+        ("cuda", "7.5", (), "on a GPU of compute capability 7.5, below 8.9"),
+        ("cuda", "8.9", (), "under dynamic VRAM"),
+        ("cuda", "12.1", (), "under dynamic VRAM"),
+        ("cuda", "", (), "under dynamic VRAM"),
+        ("cuda", "8.6", ("--supports-fp8-compute",), "under dynamic VRAM"),
+        ("cpu", "", ("--supports-fp8-compute",), "under dynamic VRAM"),
+    ],
+)
+def test_the_likeliest_reason_of_a_plain_cast_is_named(type, capability, flags, where):
+    fast = variant("fp8-cast-fast")
+    stats = SystemStats(System(argv=["main.py", *flags]), [Device("it", type)])
+    seen = sight(stats, looked(NEW), fast, build_workflow(fast, workload(), None), (), {}, capability)
+    [why] = seen.unquantised
+    assert why.startswith(f"fp8_e4m3fn_fast {where}")
 
 
 def entries(*lines: str, first: int = 0) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -19,6 +21,7 @@ from pytest_zimage.engines.protocol import ImageJob, Injection
 from pytest_zimage.errors import EngineError, MeasurementError, UnsupportedError
 
 PYTHON = Path(sys.executable)
+A100 = "NVIDIA A100-SXM4-80GB"
 EVERY_FLAG = """usage: main.py [--listen [IP]] [--port PORT] [--output-directory OUTPUT_DIRECTORY] [--temp-directory T]
  [--input-directory I] [--user-directory USER] [--extra-model-paths-config PATH [PATH ...]] [--disable-auto-launch]
  [--preview-method [none,auto]] [--disable-metadata] [--disable-all-custom-nodes] [--disable-api-nodes]
@@ -38,11 +41,17 @@ def home(tmp_path):
 
 
 @pytest.fixture
-def engine(tmp_path):
+def engine(tmp_path, monkeypatch):
+    """Makes engines; when the test is over, no folder of a server may be left."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
     def make(*flags: str, **settings) -> ComfyUIEngine:
         return ComfyUIEngine(make_settings(tmp_path, **{"comfyui_dir": STANDIN, "comfyui_flags": flags, **settings}))
 
-    return make
+    yield make
+    assert list(temporary.iterdir()) == []
 
 
 # ---- the command --------------------------------------------------------------------
@@ -221,6 +230,30 @@ def test_a_slower_server_is_slower_by_what_was_injected(engine, models, tmp_path
     assert sum(one.seconds for one in slow) > 1.5 * sum(one.seconds for one in plain)
 
 
+@pytest.mark.parametrize(
+    ("flags", "capability", "dynamic_vram", "where"),
+    [
+        (("--gpu", "NVIDIA H200"), "9.0", "enabled", "under dynamic VRAM, which --disable-dynamic-vram turns off"),
+        (("--gpu", "NVIDIA H200", "--disable-dynamic-vram"), "9.0", "disabled", None),
+        (("--gpu", A100), "8.0", "enabled", "on a GPU of compute capability 8.0, below 8.9"),
+        ((), "", None, "on a CPU"),
+    ],
+)
+def test_a_fast_cast_that_is_a_plain_one_is_told_with_the_reason(
+    engine, models, tmp_path, flags, capability, dynamic_vram, where
+):
+    named = {"device": flags[1], "device_capability": capability} if flags else {}
+    given = {"device": "cuda:0" if flags else "cpu", "environment": named, "rounds": 1}
+    made = engine(*flags)
+    cast, fast = (
+        made.run(make_plan(models, tmp_path, variant(name), **given), silent) for name in ("fp8-cast", "fp8-cast-fast")
+    )
+    assert (cast.rounds[0].pixels_sha256 == fast.rounds[0].pixels_sha256) is (where is not None)
+    assert [why.partition(": ")[0] for why in fast.unquantised] == ([f"fp8_e4m3fn_fast {where}"] if where else [])
+    assert cast.unquantised == ()
+    assert fast.environment.get("comfyui.dynamic_vram") == dynamic_vram
+
+
 # ---- through pytest -----------------------------------------------------------------
 
 SUITE = f"""{TIMED}
@@ -261,6 +294,18 @@ def test_a_session_measures_records_and_judges(suite, results):
     assert judged.ret == pytest.ExitCode.TESTS_FAILED
     judged.stdout.fnmatch_lines(["*SLOWER*", "*comfyui.argv*--step-ms 10*--step-ms 40*"])
     assert "Traceback" not in judged.stdout.str()
+
+
+def test_a_fast_cast_on_a_cpu_is_not_quantised_and_the_reason_is_told(suite, project):
+    shutil.copy(Path(__file__).parents[1] / "suites" / "test_dispatch.py", project.path / "test_suite.py")
+    done = suite("fp8-cast-fast", "--zimage-rounds=2", "-k", "quantised")
+    done.assert_outcomes(failed=1, deselected=1)
+    done.stdout.fnmatch_lines(
+        [
+            "fp8-cast-fast quantised_layers: NOT QUANTISED*",
+            "*fp8_e4m3fn_fast on a CPU: ComfyUI casts and multiplies in *",
+        ]
+    )
 
 
 def test_an_error_is_the_tests_and_the_next_variant_is_measured(suite, project, results):

@@ -244,6 +244,37 @@ def test_an_engine_that_tells_no_reason_by_metric_tells_it_among_its_notes(scrip
     script.run("nvfp4", "-k", "device_memory", "-rs").stdout.fnmatch_lines(["*device_peak: the driver is silent"])
 
 
+USED = {"unavailable": {"rss_peak": "it had drawn before"}}
+
+
+@pytest.mark.parametrize(
+    ("share", "says"), [(1.0, "PASS"), (1.5, "INCONCLUSIVE"), (0.5, "PASS")], ids=["same", "bigger", "smaller"]
+)
+@pytest.mark.parametrize("more", [(), ("--zimage-runs=2",)], ids=["one", "two"])
+def test_a_second_figure_that_is_not_of_its_run_alone_confirms_nothing(script, results, share, says, more):
+    """As of a server that ran already: what the first run says of it is all that can be known."""
+    shutil.copy(MEMORY, script.project.path / "test_suite.py")
+    script.record("nvfp4", script.QUIET)
+    first = {**script.QUIET[0], "rss_peak": round(2000 * MIB * share)}
+    script(default=[first, {**first, **USED}])
+    done = script.run("nvfp4", "-k", "peak_memory", "-rs", *more)
+    assert (done.ret == 0, "Traceback" in done.stdout.str()) == (True, False)
+    (row,) = results()["verdicts"]
+    assert (row["verdict"], row["k_new"]) == (says, 1)
+    asked = 2 if more or share != 1.0 else 1
+    assert script.ran == [f"nvfp4-{run + 1}" for run in range(asked)]
+    if asked == 2:
+        assert row["notes"][-1] == "1 of 2 runs count, and no more can: it had drawn before"
+
+
+def test_without_a_baseline_the_figure_of_the_first_run_is_shown(script, results):
+    shutil.copy(MEMORY, script.project.path / "test_suite.py")
+    script(default=[script.QUIET[0], {**script.QUIET[0], **USED}])
+    script.run("nvfp4", "-k", "peak_memory", "--zimage-runs=3").assert_outcomes(deselected=8)
+    (row,) = results()["verdicts"]
+    assert (row["verdict"], row["value"]) == ("NO BASELINE", pytest.approx(2000 * MIB))
+
+
 def test_a_figure_that_is_not_of_the_run_alone_is_skipped_whatever_was_recorded(script):
     """One that was seen has not vanished; one that was not has, and is an error."""
     shutil.copy(MEMORY, script.project.path / "test_suite.py")

@@ -434,6 +434,38 @@ def test_a_picture_of_another_size_is_an_error_wherever_it_comes(engine, plan, s
         engine.run(plan, silent)
 
 
+def flat(colour, width=32, height=16, changed=()):
+    array = np.full((height, width, 3), colour, dtype=np.uint8)
+    for place in changed:
+        array[place] ^= 1
+    data = io.BytesIO()
+    Image.fromarray(array).save(data, format="PNG")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (10, 20, 30)])
+@pytest.mark.parametrize("seed", [SEED, SEED + 4, SEED + 1, SEED + 3])
+def test_a_picture_of_one_colour_is_no_picture_wherever_it_comes(engine, plan, seed, colour):
+    engine.image = lambda workload: flat(colour) if workload.seed == seed else None
+    with pytest.raises(
+        MeasurementError, match=f"from seed {seed} gave a picture of one colour, {re.escape(str(colour))}"
+    ):
+        engine.run(plan, silent)
+
+
+def test_no_image_for_quality_is_of_one_colour(engine, plan, jobs):
+    engine.image = lambda workload: flat((0, 0, 0), 48, 32) if workload.prompt == "a dog" else None
+    for ask in (engine.run, engine.draw):
+        with pytest.raises(MeasurementError, match="'a dog' from seed 1 gave a picture of one colour"):
+            ask(replace(plan, images=jobs), silent)
+
+
+@pytest.mark.parametrize("place", [(0, 1), (0, 0, 2), (15, 31), (8, 3, 1)])
+def test_a_picture_that_differs_in_a_pixel_is_one(engine, plan, place):
+    engine.image = lambda workload: flat((9, 9, 9), changed=[place]) if workload.seed == SEED + 2 else None
+    assert len(engine.run(plan, silent).rounds) == 3
+
+
 # ---- nothing is left ------------------------------------------------------------
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import pytest
 from PIL import Image
+from scripted_nvml import GIB, Gpu, ScriptedNvml
 from standins.vllm_omni_running import HUB, WORKLOAD, StandIn
 
 from pytest_zimage.engines.protocol import Injection
 from pytest_zimage.engines.vllm_omni.engine import VllmOmniEngine
 from pytest_zimage.errors import EngineError, MeasurementError, UnsupportedError
+from pytest_zimage.verdict.metrics import take
 
 PROFILED = ("--enable-diffusion-pipeline-profiler",)
 
@@ -50,11 +53,11 @@ def test_a_run_is_one_fresh_server(tmp_path, nothing_left):
     assert len(record.rounds) == 4
     assert len({one.pixels_sha256 for one in record.rounds}) == 4
     assert all(one.forwards is None and one.seconds > 0 for one in record.rounds)
-    assert {key for one in record.rounds for key in one.beside_s} == {"queue"}
+    assert {key for one in record.rounds for key in one.beside_s} == {"queue", "server"}
     assert [one.seed for one in record.rounds] == [1236, 1237, 1238, 1239]
     assert record.cold.total_s == pytest.approx(sum(record.cold.phases_s.values()))
     assert set(record.cold.phases_s) == {"server_start", "first_image"}
-    assert record.memory.rss_sampled_peak_bytes > 0
+    assert take("rss_peak", record).rounds[0] >= record.memory.rss_sampled_peak_bytes > 0
     assert record.memory.device_reserved_peak_bytes == 13000 << 20
     assert record.environment["vllm-omni"] == "0.30.0"
     assert record.environment["python"] == "3"
@@ -152,6 +155,7 @@ def test_variants_draw_pictures_of_their_own(tmp_path):
         ("size", MeasurementError, "32x32 where 64x32 was asked for"),
         ("jpeg", MeasurementError, "not a PNG"),
         ("same", MeasurementError, "gave the same picture"),
+        ("black", MeasurementError, "gave a picture of one colour, (0, 0, 0)"),
         ("400", EngineError, "status 400"),
         ("die", EngineError, "CUDA out of memory"),
     ],
@@ -162,6 +166,15 @@ def test_a_round_that_is_not_one_fails_the_run_and_leaves_nothing(tmp_path, noth
         run(one)
     assert says in str(caught.value)
     assert not [pid for pid in (one.starts[0]["pid"], one.starts[0]["child"]) if psutil.pid_exists(pid)]
+
+
+@pytest.mark.parametrize("number", [1, 2, 6], ids=["first", "warm-up", "last round"])
+def test_a_black_image_is_no_sample_wherever_it_comes(tmp_path, port, number):
+    one = StandIn(tmp_path, faults={str(number): "black"})
+    with one.running(port=port) as (url, _), pytest.raises(MeasurementError, match="of one colour") as caught:
+        run(one, settings={"vllm_omni_url": url})
+    assert one.faults == {"black": 1}
+    assert f"from seed {one.requests[-1]['seed']}" in caught.value.message
 
 
 def test_accidents_are_counted_and_made_anew_from_other_seeds(tmp_path):
@@ -198,6 +211,35 @@ def test_a_server_that_ran_before_has_no_cold_load(tmp_path, port):
     assert record.memory.rss_sampled_peak_bytes > 0
     assert unwatched.memory.rss_sampled_peak_bytes is None
     assert "is taken from you" in " ".join(record.memory.notes)
+
+
+def test_memory_of_a_server_that_loaded_before_is_seen_and_not_judged(tmp_path, port):
+    """A baseline of one that is started has the peak of its load."""
+    one = StandIn(tmp_path)
+    with one.running(port=port) as (url, pid):
+        record = run(one, settings={"vllm_omni_url": url, "vllm_omni_pid": pid})
+    for metric in ("rss_peak", "working_set"):
+        sample = take(metric, record)
+        assert sample.unavailable.startswith("vllm-omni had loaded before this run, and the peak of its load is not")
+    assert take("rss_peak", record).not_its_own, "a stored figure has not vanished"
+
+
+@pytest.mark.parametrize(
+    ("script", "first"), [({}, ""), ({"counts": False}, "does not say whether it had drawn before this run")]
+)
+def test_device_memory_is_judged_of_a_server_that_has_drawn_nothing_before(tmp_path, port, monkeypatch, script, first):
+    """torch keeps what it reserved for another's larger images."""
+    one = StandIn(tmp_path, **script)
+    gpu = Gpu("NVIDIA H200", (9, 0), 139.8, "GPU-a")
+    monkeypatch.setitem(sys.modules, "pynvml", ScriptedNvml(gpu))
+    with one.running(port=port) as (url, pid):
+        gpu.processes = ((pid, 20 * GIB),)
+        settings = {"vllm_omni_url": url, "vllm_omni_pid": pid}
+        samples = [take("gpu_process_peak", run(one, settings=settings, gpu="GPU-a")) for _ in range(2)]
+    assert first in samples[0].unavailable
+    assert samples[0].rounds == (() if first else (20 * GIB,))
+    assert (first or "this vLLM-Omni had drawn before this run") in samples[1].unavailable
+    assert samples[1].not_its_own
 
 
 def test_slowness_can_be_injected(tmp_path):

@@ -12,6 +12,7 @@ from msgspec import structs
 
 from pytest_zimage.catalog import load_catalog
 from pytest_zimage.engines.protocol import Round
+from pytest_zimage.engines.servers.http import Http
 from pytest_zimage.engines.vllm_omni import launch, log, metrics, pipeline, request
 from pytest_zimage.engines.vllm_omni.metrics import Total
 from pytest_zimage.engines.vllm_omni.versions import parse
@@ -46,16 +47,20 @@ def test_every_field_that_decides_about_the_picture_is_sent():
 # ---- the reply ---------------------------------------------------------------
 
 
+def read(data: bytes):
+    return Http("http://127.0.0.1:9", what="it", timeout_s=1).typed("POST", request.PATH, data, request.Generated)
+
+
 def reply(**changed):
     answer = {"created": 1, "data": [{"b64_json": base64.b64encode(b"png").decode(), "url": None}], "size": "1024x512"}
     return json.dumps({**answer, **changed}).encode()
 
 
 def test_what_is_not_read_does_not_matter():
-    answer = request.read(reply(output_format="png", cot_output=None, metrics={"peak_memory_mb": 1.5, "more": {}}))
+    answer = read(reply(output_format="png", cot_output=None, metrics={"peak_memory_mb": 1.5, "more": {}}))
     assert request.image_of(answer, TURBO) == b"png"
     assert answer.metrics.peak_memory_mb == 1.5
-    assert request.image_of(request.read(reply(size=None, metrics=None)), TURBO) == b"png"
+    assert request.image_of(read(reply(size=None, metrics=None)), TURBO) == b"png"
 
 
 @pytest.mark.parametrize(
@@ -76,15 +81,15 @@ def test_what_is_not_read_does_not_matter():
 )
 def test_a_reply_that_is_not_one_image_of_that_size_is_an_error(changed, error, says):
     with pytest.raises(error) as caught:
-        request.image_of(request.read(reply(**changed)), TURBO)
+        request.image_of(read(reply(**changed)), TURBO)
     assert says in str(caught.value)
     assert len(str(caught.value)) < 800
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>", b"[]", b'{"data": 1}', b"\xff" * 10, b"[" * 100_000])
 def test_what_is_no_reply_is_an_error(data):
-    with pytest.raises(EngineError, match="the answer is not what it should be"):
-        request.read(data)
+    with pytest.raises(EngineError, match="it: POST /v1/images/generations: the answer is not what it should be"):
+        read(data)
 
 
 def test_an_uncompressed_image_is_not_too_long():
@@ -132,6 +137,15 @@ def test_the_clocks_of_the_page_are_read():
     assert metrics.totals(PAGE) == {"queue": Total(count=3, seconds=0.25), "server": Total(count=4, seconds=40.5)}
     assert metrics.totals(PAGE.replace("_sum", "_total")) == {}
     assert metrics.totals("<html>") == {}
+
+
+def test_requests_since_the_start_are_counted_or_not_known():
+    assert metrics.finished(PAGE) == 4
+    announced = "# TYPE vllm_omni:e2e_request_latency_s histogram\n"
+    assert metrics.totals(announced) == {"server": Total(count=0, seconds=0)}
+    assert metrics.finished(announced) == 0
+    for unknown in ("", "<html>", announced + "vllm_omni:e2e_request_latency_s_count NaN\n"):
+        assert metrics.finished(unknown) is None
 
 
 @pytest.mark.parametrize("value", ["NaN", "+Inf", "-1", "many", "0x10", "1e999"])

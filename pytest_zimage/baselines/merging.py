@@ -9,7 +9,7 @@ from msgspec import Struct, structs
 
 from pytest_zimage.baselines.schema import Baseline, BaseRun, MetricBaseline
 from pytest_zimage.catalog.model import Metric
-from pytest_zimage.probes.environment import other_weights
+from pytest_zimage.probes.environment import PORTABLE, other_weights
 from pytest_zimage.verdict.metrics import Sample
 
 Mode = Literal["replace", "extend", "new"]
@@ -17,9 +17,6 @@ Action = Literal["recorded", "extended", "unchanged", "kept", "refused"]
 """What became of a (variant, metric); `kept`: not touched, `unchanged`: measured again and equal."""
 MIN_RUNS = 5
 """Of a sampled baseline, best on different days."""
-
-#: The file environment of a portable baseline: what could change an exact number. The machine is not part of it.
-PORTABLE_ENVIRONMENT = ("plugin", "torch", "diffusers", "transformers", "comfy-kitchen", "safetensors")
 
 
 class Fresh(Struct, frozen=True, kw_only=True):
@@ -128,4 +125,4 @@ def environment_override(recorded_in: Mapping[str, str], file: Mapping[str, str]
 def common_environment(environments: Sequence[Mapping[str, str]], *, portable: bool) -> dict[str, str]:
     """The last run's environment; of it only what matters to exact numbers when `portable`."""
     last = environments[-1]
-    return {key: last[key] for key in PORTABLE_ENVIRONMENT if key in last} if portable else dict(last)
+    return {key: last[key] for key in PORTABLE if key in last} if portable else dict(last)

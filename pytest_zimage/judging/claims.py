@@ -17,7 +17,7 @@ from pytest_zimage.reports.delta import delta_text, headline
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.claims import Pair, judge_claim, judge_exact_ratio, worst
 from pytest_zimage.verdict.constants import RuleConstants
-from pytest_zimage.verdict.metrics import Sample, take
+from pytest_zimage.verdict.metrics import Sample, take_each
 from pytest_zimage.verdict.model import Judgement, Verdict
 
 _WORDS = {"pass": "HOLDS", "regression": "BROKEN", "inconclusive": "INCONCLUSIVE", "unfit": "UNFIT", "seen": "SEEN"}
@@ -31,6 +31,8 @@ class _Seen:
     judgement: Judgement
     samples: dict[str, list[Sample]]
     records: dict[str, list[RunRecord]]
+    no_more: tuple[str, ...]
+    """Why further runs would say nothing."""
 
 
 class ClaimCheck:
@@ -116,6 +118,7 @@ class ClaimCheck:
             notes=(
                 *claims.seen(self.claim, seen.pairs, decisive, metric.unit, judged=not self._elsewhere),
                 *self._devices(every),
+                *seen.no_more,
             ),
             injected=bool(self._session.injection),
             claim=claims.source(self.claim, self.names),
@@ -129,7 +132,9 @@ class ClaimCheck:
             name: [self._session.run(self._session.catalog.variant(name), index) for index in range(count)]
             for name in self.names
         }
-        samples = {name: [take(metric.name, record) for record in made] for name, made in records.items()}
+        each = {name: take_each(metric.name, made) for name, made in records.items()}
+        samples = {name: taken for name, (taken, _) in each.items()}
+        no_more = tuple(dict.fromkeys(why for _, reasons in each.values() for why in reasons))
         for name, taken in samples.items():
             if taken[0].unavailable:
                 pytest.skip(f"zimage claim {self.claim.name}: not measured here: {name}: {taken[0].unavailable}")
@@ -142,7 +147,8 @@ class ClaimCheck:
         more = any(pair.judgement.wants_more for pair in pairs)
         decisive = worst(pairs).judgement
         broken = decisive.outcome == "regression"
-        return _Seen(pairs, structs.replace(decisive, wants_more=more and not broken), samples, records)
+        more = more and not broken and not no_more
+        return _Seen(pairs, structs.replace(decisive, wants_more=more), samples, records, no_more)
 
     def _exact_pair(self, samples: dict[str, list[Sample]], metric: Metric) -> Pair:
         name, against = self.names

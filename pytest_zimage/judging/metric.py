@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from statistics import fmean
 
+from msgspec import structs
+
 from pytest_zimage.baselines.compare import base_phases, compare, compare_to_control, require_same_weights
 from pytest_zimage.baselines.store import Absent, Found
 from pytest_zimage.catalog import Metric, Variant
@@ -19,7 +21,7 @@ from pytest_zimage.probes import environment
 from pytest_zimage.probes.packages import PACKAGES, slow_kitchen
 from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession
-from pytest_zimage.verdict.metrics import Sample, take
+from pytest_zimage.verdict.metrics import Sample, take_each
 from pytest_zimage.verdict.model import Judgement, Verdict
 from pytest_zimage.verdict.rows import verdict_row
 from pytest_zimage.verdict.rule import run_score
@@ -34,9 +36,11 @@ def judge_metric(session: ZImageSession, test: str, variant: Variant, name: str)
     count = session.settings.fresh_runs
     while True:
         records = [session.run(variant, index) for index in range(count)]
-        samples = [take(name, record) for record in records]
+        samples, no_more = take_each(name, records)
         found = session.store.find(session.key(variant), name)
         judgement = _judge(session, variant, metric, samples, found)
+        if no_more:
+            judgement = structs.replace(judgement, wants_more=False, notes=(*judgement.notes, *no_more))
         why = unfit(session, metric, records, found)
         if why:
             judgement = as_unfit(judgement)
@@ -146,7 +150,7 @@ def _control_note(
         return ()
     if not records or isinstance(base, Absent):
         return ()
-    theirs = [take(metric.name, record) for record in records]
+    theirs, _ = take_each(metric.name, records)
     device = session.machine.device_class
     ratio = compare_to_control(metric, samples, found.metric, theirs, base.metric, device=device)
     if ratio is None or ratio.change is None or ratio.interval is None:

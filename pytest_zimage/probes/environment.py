@@ -19,6 +19,8 @@ import pytest_zimage
 from pytest_zimage.probes.device import Machine
 from pytest_zimage.probes.packages import ABSENT, kitchen_backends, package_versions
 
+PORTABLE = ("plugin", "torch", "diffusers", "transformers", "comfy-kitchen", "safetensors")
+"""Keys of what could change an exact number, such as a count of forwards. The machine is not among them."""
 UNRECORDED = "(not recorded)"
 _NEVER_MATTERS = frozenset({"started_at", "finished_at", "recorded_at", "wall_s", "pid"})
 _GIT_LIMIT_S = 5.0

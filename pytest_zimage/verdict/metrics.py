@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -49,6 +49,17 @@ def take(metric: str, record: RunRecord) -> Sample:
             f"no run measures {metric!r}", mend=f"metrics that a run measures: {', '.join(sorted(_TAKERS))}"
         )
     return _TAKERS[metric](record)
+
+
+def take_each(metric: str, records: Sequence[RunRecord]) -> tuple[list[Sample], tuple[str, ...]]:
+    """The samples of several runs, and why there can be no more where a later run's figure is not its own.
+
+    Such a sample is left out: it neither confirms nor refutes what the first one says. Raises as `take` does.
+    """
+    samples = [take(metric, record) for record in records]
+    whole = [sample for number, sample in enumerate(samples) if not (number and sample.not_its_own)]
+    why = dict.fromkeys(sample.unavailable for sample in samples[1:] if sample.not_its_own)
+    return whole, tuple(f"{len(whole)} of {len(samples)} runs count, and no more can: {reason}" for reason in why)
 
 
 def measurable() -> tuple[str, ...]:

@@ -42,6 +42,8 @@ class Script:
     """Another model than it was started with."""
     backend: str | None = None
     """Another attention backend than it was asked for; empty: none is logged."""
+    counts: bool = True
+    """Whether its page of metrics counts requests."""
     metrics: bool = True
     """Whether replies carry metrics where the version has them."""
     peak_memory_mb: float = 13000.0

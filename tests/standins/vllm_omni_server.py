@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from PIL import Image
 from vllm_omni_script import Script, encoded, picture
 
 HEAVY_BYTES = 64 << 20
@@ -58,15 +59,19 @@ class Server:
 
     async def metrics(self, request: web.Request) -> web.Response:
         lines = ["# TYPE vllm_omni:requests_success counter", f"vllm_omni:requests_success_total {self.waited}"]
-        if self.script.release >= (0, 28):
-            name = "vllm_omni:request_queue_wait_s"
-            waited_s = self.waited * self.script.queue_s
-            lines += [
-                f"# TYPE {name} histogram",
-                f'{name}_bucket{{stage="0",le="+Inf"}} {float(self.waited)}',
-                f'{name}_count{{stage="0"}} {float(self.waited)}',
-                f'{name}_sum{{stage="0"}} {waited_s}',
-            ]
+        script = self.script
+        histograms = {"vllm_omni:e2e_request_latency_s": script.queue_s + script.draw_s}
+        if script.release >= (0, 28):
+            histograms["vllm_omni:request_queue_wait_s"] = script.queue_s
+        for name, each_s in histograms.items() if script.counts else ():
+            lines.append(f"# TYPE {name} histogram")
+            # With labels, it has no figure before its first observation.
+            if self.waited:
+                lines += [
+                    f'{name}_bucket{{stage="0",le="+Inf"}} {float(self.waited)}',
+                    f'{name}_count{{stage="0"}} {float(self.waited)}',
+                    f'{name}_sum{{stage="0"}} {self.waited * each_s}',
+                ]
         return web.Response(text="\n".join(lines) + "\n")
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
@@ -108,6 +113,8 @@ class Server:
         arguments = self.arguments
         weights = " ".join(map(str, (self.model, arguments.quantization_config, arguments.backend)))
         image = picture(body, guidance, device, weights)
+        if fault == "black":
+            image = Image.new("RGB", image.size)
         if fault == "size":
             image = image.resize((image.width // 2, image.height))
         file = encoded(image, "JPEG" if fault == "jpeg" else "PNG")

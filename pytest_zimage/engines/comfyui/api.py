@@ -5,6 +5,7 @@ A request that fails by accident is counted and made again, except that of a pro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -27,6 +28,7 @@ from pytest_zimage.engines.servers.http import Http, StatusError
 from pytest_zimage.errors import EngineError
 
 _TRIES = 3
+_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 T = TypeVar("T")
 
@@ -45,13 +47,20 @@ class ComfyUIApi:
         """
         body = {"prompt": graph, "client_id": self.client, "prompt_id": prompt_id}
         try:
-            return self._http.json("POST", "/prompt", Accepted, body)
+            accepted = self._http.json("POST", "/prompt", Accepted, body)
         except StatusError as error:
             try:
                 refused = msgspec.json.decode(error.body, type=Refused)
             except msgspec.MsgspecError:
                 raise error from None
             raise refusal(self._what, graph, refused.error, refused.node_errors) from error
+        # It becomes part of a path.
+        if not _ID.fullmatch(accepted.prompt_id):
+            raise EngineError(
+                f"{self._what}: gives the prompt an id that is none: {accepted.prompt_id[:80]!r}",
+                mend="its version may not be one that this was written for",
+            )
+        return accepted
 
     def finished(self, prompt_id: str) -> Finished | None:
         """What the history has of a prompt; None while it is not over, and for ever if it was deleted."""

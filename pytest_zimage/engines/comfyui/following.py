@@ -86,20 +86,22 @@ class Follower:
 
     def _listen(self, stream: EventStream, prompt_id: str, timeline: _Timeline) -> None:
         """Until the end is told, or the history has it."""
-        absent, last_sign = 0, time.monotonic()
+        look_s = min(_LOOK_S, self._timeout_s)
+        absent, last_sign, looked = 0, time.monotonic(), time.monotonic()
         while True:
-            told = stream.receive(min(_LOOK_S, self._timeout_s))
-            if told is None:
-                self._check()
-                self._ticked(0, 0)
-                if self._api.finished(prompt_id) is not None:
-                    return
-                absent = self._absent(prompt_id, absent)
-                self._refuse_silence(prompt_id, last_sign)
+            told = stream.receive(look_s)
+            if told is None or told.event.prompt_id != prompt_id:
+                # What is told of others, such as a monitor's figures, is no sign of this prompt.
+                if time.monotonic() - looked >= look_s:
+                    looked = time.monotonic()
+                    self._check()
+                    self._ticked(0, 0)
+                    if self._api.finished(prompt_id) is not None:
+                        return
+                    absent = self._absent(prompt_id, absent)
+                    self._refuse_silence(prompt_id, last_sign)
                 continue
-            if told.event.prompt_id != prompt_id:
-                continue
-            last_sign = time.monotonic()
+            last_sign = looked = time.monotonic()
             if told.type == "executing":
                 if told.event.node is None:
                     timeline.end = timeline.end or told.at

@@ -62,6 +62,7 @@ def started(
                 pid=process.pid,
                 started_s=process.started_s,
                 run_log=RunLog(process.log_text),
+                capability=_capability(plan),
                 packages={"comfy-kitchen": installation.kitchen},
             )
             yield _session(server, plan, workflow, launch.names, progress)
@@ -93,6 +94,7 @@ def attached(
             pid=pid,
             started_s=0.0,
             run_log=run_log,
+            capability=_capability(plan),
             used=_USED if api.has_drawn() or "got prompt" in run_log.start else "",
         )
         refuse_missing_flags(plan.variant, api.stats().system.argv)
@@ -131,3 +133,7 @@ def _session(
         ticked=lambda done, total: progress("step" if total else "drawing", done, total),
         notes=notes,
     )
+
+
+def _capability(plan: RunPlan) -> str:
+    return plan.environment.get("device_capability", "")

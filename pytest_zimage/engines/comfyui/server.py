@@ -36,6 +36,8 @@ class Server:
     """The same log, beside this run."""
     used: str = ""
     """As `ServerSession.used`."""
+    capability: str = ""
+    """Compute capability of the run's GPU, as `9.0`; empty on the CPU, and where it is not known."""
     packages: Mapping[str, str] = field(default_factory=dict)
     """Versions by package, of a server that is too old to tell them."""
 

@@ -101,6 +101,7 @@ class ComfyUISession(ServerSession):
             self._workflow,
             tuple(self._notes),
             server.packages,
+            server.capability,
         )
 
     def _look(self) -> None:

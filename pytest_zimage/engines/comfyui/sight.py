@@ -11,10 +11,9 @@ from pytest_zimage.engines.comfyui.runlog import RunLog
 from pytest_zimage.engines.comfyui.workflow import Workflow
 from pytest_zimage.engines.servers.session import Seen
 
-_NOT_FAST = (
-    "weight_dtype fp8_e4m3fn_fast under dynamic VRAM: ComfyUI casts and multiplies in the compute type, without a word;"
-    " with --disable-dynamic-vram it multiplies in FP8"
-)
+_FP8_CAPABILITY = (8, 9)
+"""From here on NVIDIA's GPUs multiply in FP8."""
+_PRETENDS = "--supports-fp8-compute"
 _HIDDEN = frozenset(
     (
         *("--listen", "--port", "--tls-keyfile", "--tls-certfile", "--database-url", "--front-end-root"),
@@ -32,8 +31,9 @@ def sight(
     workflow: Workflow,
     notes: tuple[str, ...],
     packages: Mapping[str, str],
+    capability: str = "",
 ) -> Seen:
-    """`packages`: versions that it may not tell."""
+    """`packages`: versions that it may not tell; `capability` is the GPU's compute capability where it is known."""
     system = stats.system
     found = {
         "": system.comfyui_version,
@@ -46,7 +46,6 @@ def sight(
         **log.facts(),
     }
     environment = {f"comfyui.{name}".rstrip("."): value for name, value in found.items() if value}
-    plain_cast = variant.weight_dtype == "fp8_e4m3fn_fast" and environment.get("comfyui.dynamic_vram") == "enabled"
     partly = [load for load in environment.get("comfyui.loaded", "").split(", ") if load.endswith(" partially")]
     lines = tuple(
         f"{load.removesuffix(' partially')} did not fit into memory and was loaded in part" for load in partly
@@ -54,9 +53,28 @@ def sight(
     return Seen(
         environment=environment,
         emulated=emulated_ops(log.since),
-        unquantised=(_NOT_FAST,) if plain_cast else (),
+        unquantised=_why_plain(variant, stats, environment, capability),
         notes=(*notes, *lines),
     )
+
+
+def _why_plain(
+    variant: Variant, stats: SystemStats, environment: Mapping[str, str], capability: str
+) -> tuple[str, ...]:
+    """Why it casts where the variant is to multiply in FP8, which it never says; empty where nothing tells."""
+    if variant.weight_dtype != "fp8_e4m3fn_fast":
+        return ()
+    pretends = _PRETENDS in stats.system.argv
+    release = tuple(int(part) for part in capability.split(".") if part.isdecimal())
+    if stats.devices and stats.devices[0].type == "cpu" and not pretends:
+        where = "on a CPU"
+    elif release and release < _FP8_CAPABILITY and not pretends:
+        where = f"on a GPU of compute capability {capability}, below {'.'.join(map(str, _FP8_CAPABILITY))}"
+    elif environment.get("comfyui.dynamic_vram") == "enabled":
+        where = "under dynamic VRAM, which --disable-dynamic-vram turns off"
+    else:
+        return ()
+    return (f"fp8_e4m3fn_fast {where}: ComfyUI casts and multiplies in the compute type, without a word",)
 
 
 def _kept(argv: Sequence[str]) -> Iterator[str]:

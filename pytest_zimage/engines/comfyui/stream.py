@@ -17,6 +17,8 @@ from pytest_zimage.engines.comfyui.messages import Event, event_decoder, message
 _LONGEST = 8 << 20
 """Bytes of a message; previews and the state of a failed node stay below."""
 _GREETING_S = 2.0
+_DRAINED_S = 2.0
+"""Longest time for reading away what is there already."""
 
 
 class StreamLost(Exception):
@@ -59,32 +61,40 @@ class EventStream:
             self.receive(min(_GREETING_S, self._timeout_s))
 
     def drain(self) -> None:
-        """Skip what was told of earlier prompts."""
-        while self.receive(0) is not None:
-            pass
+        """Skip what was told of earlier prompts. Raises `StreamLost`, also where there is no end of it."""
+        until = time.perf_counter() + _DRAINED_S
+        while self._next(0.0) is not None:
+            if time.perf_counter() > until:
+                self.close()
+                raise StreamLost(f"messages came without a pause for {_DRAINED_S:g} s")
 
     def receive(self, wait_s: float) -> Told | None:
         """The next event; None if none comes within `wait_s`. Raises `StreamLost`.
 
         Binary messages are previews, and texts that are none of its messages are of custom nodes: both are skipped.
         """
+        until = time.perf_counter() + wait_s
+        while (data := self._next(max(0.0, until - time.perf_counter()))) is not None:
+            at = time.perf_counter()
+            if isinstance(data, str):
+                with suppress(msgspec.MsgspecError):
+                    message = message_decoder.decode(data)
+                    return Told(message.type, event_decoder.decode(message.data), at)
+            # There may be no end of what is skipped.
+            if at >= until:
+                return None
+        return None
+
+    def _next(self, wait_s: float) -> str | bytes | None:
         if self._connection is None:
             raise StreamLost("not connected")
-        until = time.perf_counter() + wait_s
-        while True:
-            try:
-                data = self._connection.recv(timeout=max(0.0, until - time.perf_counter()))
-            except TimeoutError:
-                return None
-            except (OSError, WebSocketException) as error:
-                self.close()
-                raise StreamLost(str(error) or type(error).__name__) from error
-            at = time.perf_counter()
-            if isinstance(data, bytes):
-                continue
-            with suppress(msgspec.MsgspecError):
-                message = message_decoder.decode(data)
-                return Told(message.type, event_decoder.decode(message.data), at)
+        try:
+            return self._connection.recv(timeout=wait_s)
+        except TimeoutError:
+            return None
+        except (OSError, WebSocketException) as error:
+            self.close()
+            raise StreamLost(str(error) or type(error).__name__) from error
 
     def close(self) -> None:
         """Safe to call twice."""

@@ -141,6 +141,9 @@ class ServerEngine(Engine):
         """By metric, why it cannot be judged; empty where it can."""
         memory, used = server.memory, server.session.used
         no_size, no_gpu = memory.why_no_size or used, memory.why_no_gpu or used
+        if self.loads_at_start and not server.started_here:
+            missed = f"{self.name} had loaded before this run, and the peak of its load is not in what was seen"
+            no_size = memory.why_no_size or f"{missed}; one that is started for a run is judged"
         never_idle = f"{self.name} loads before it is ready: there is no idle to take off"
         if memory.gpu_peak_bytes is None and not no_gpu:
             no_gpu = f"{self.name} on {plan.device}: NVML lists no process of it"

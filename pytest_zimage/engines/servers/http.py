@@ -86,6 +86,10 @@ class Http:
     ) -> T:
         """The answer as `kind`, any type that msgspec decodes; `body` is sent as JSON unless None."""
         data = self.raw(method, path, max_bytes, params, body=body, accept=accept, timeout_s=timeout_s)
+        return self.typed(method, path, data, kind)
+
+    def typed(self, method: str, path: str, data: bytes, kind: type[T]) -> T:
+        """`data`, which `raw` gave for that request, as `kind`: apart where reading it must not count as waiting."""
         try:
             return msgspec.json.decode(data, type=kind)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -24,11 +24,19 @@ class Pictures:
     def checked(self, served: Served, workload: Workload) -> tuple[Pixels, str]:
         """The pixels and their sha256.
 
-        Raises `MeasurementError` for a file that is not the PNG asked for, and for a picture that another prompt or
-        seed gave.
+        Raises `MeasurementError` for a file that is not the PNG asked for, for a picture of one colour, and for one
+        that another prompt or seed gave.
         """
         pixels, sha256 = decoded(served.image, workload.width, workload.height)
         asked = (workload.prompt, workload.seed)
+        colour = pixels[0, 0]
+        # Nearly every picture is known by its first row.
+        if (pixels[0] == colour).all() and (pixels == colour).all():
+            raise MeasurementError(
+                f"{self._what}: {_named(*asked)} gave a picture of one colour, {tuple(colour.tolist())}: black is what"
+                " values that are no numbers become",
+                mend="look at the server's log; its files may be damaged, or it computes in too narrow a type",
+            )
         other = self._drawn.setdefault(sha256, asked)
         if other != asked:
             raise MeasurementError(

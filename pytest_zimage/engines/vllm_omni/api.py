@@ -1,4 +1,4 @@
-"""What vLLM-Omni says of itself: whether it is ready, its version, and the model it serves."""
+"""What vLLM-Omni says of itself: whether it is ready, its version, the model it serves, and what it has drawn."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from pathlib import Path
 from msgspec import Struct
 
 from pytest_zimage.catalog import Variant
+from pytest_zimage.engines.servers.faults import RequestFault
 from pytest_zimage.engines.servers.http import Http, StatusError
-from pytest_zimage.engines.vllm_omni import log, versions
+from pytest_zimage.engines.vllm_omni import log, metrics, versions
 from pytest_zimage.engines.vllm_omni.versions import Version
-from pytest_zimage.errors import UnsupportedError
+from pytest_zimage.errors import EngineError, UnsupportedError
 
 _HEALTH_BYTES = 1 << 16
+_START_ONE = "start one to judge its memory, without --zimage-vllm-omni-url"
+_PAGE_BYTES = 8 << 20
 
 
 class _Said(Struct, frozen=True):
@@ -33,6 +36,25 @@ def is_ready(http: Http) -> bool:
     """A server that loads answers nothing, or 503: a `RequestFault`."""
     http.raw("GET", "/health", _HEALTH_BYTES)
     return True
+
+
+def metrics_page(http: Http) -> str:
+    """What it counts, in Prometheus' text format; an `EngineError` where it serves no such page."""
+    return http.raw("GET", "/metrics", _PAGE_BYTES).decode(errors="replace")
+
+
+def why_used(http: Http) -> str:
+    """Why the device memory of one that runs already is not of a run's images alone; empty for one that drew none."""
+    try:
+        count = metrics.finished(metrics_page(http))
+    except RequestFault:
+        raise
+    except EngineError:
+        count = None
+    if count == 0:
+        return ""
+    before = "does not say whether it had drawn" if count is None else "had drawn"
+    return f"this vLLM-Omni {before} before this run, and what torch reserved for other images it keeps: {_START_ONE}"
 
 
 def version_of(http: Http, text: str) -> Version:

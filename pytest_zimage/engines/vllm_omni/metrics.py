@@ -35,11 +35,22 @@ def totals(page: str) -> dict[str, Total]:
     for match in _SAMPLE.finditer(page):
         if match["name"].startswith("vllm_omni:") and (value := _number(match["value"])) is not None:
             found[match["name"]] = found.get(match["name"], 0.0) + value
-    return {
+    # A histogram with labels may be announced, and have no figure before its first observation.
+    none_yet = {
+        clock: Total(count=0.0, seconds=0.0)
+        for clock, family in _FAMILIES.items()
+        if f"# TYPE {family} histogram" in page and f"{family}_" not in page
+    }
+    return none_yet | {
         clock: Total(count=found[f"{family}_count"], seconds=found[f"{family}_sum"])
         for clock, family in _FAMILIES.items()
         if f"{family}_count" in found and f"{family}_sum" in found
     }
+
+
+def finished(page: str) -> float | None:
+    """Requests that the server has finished since its start; None where its page does not count them."""
+    return max((total.count for total in totals(page).values()), default=None)
 
 
 def requests_between(before: Mapping[str, Total], after: Mapping[str, Total]) -> int:

@@ -76,6 +76,7 @@ def attached(url: str, pid: int | None, plan: RunPlan, progress: ReportProgress)
                 f" {log.backend_of(variant)} is taken from you",
             ),
             pid=pid,
+            used=api.why_used(http),
         )
 
 

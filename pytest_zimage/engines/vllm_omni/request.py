@@ -78,17 +78,6 @@ def most_bytes(workload: Workload) -> int:
     return png * 4 // 3 + _OVERHEAD_BYTES
 
 
-def read(data: bytes) -> Generated:
-    """Raises `EngineError` for an answer that is not of this shape."""
-    try:
-        return msgspec.json.decode(data, type=Generated)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise EngineError(
-            f"{PATH}: the answer is not what it should be: {error}: {data[:_SHOWN]!r}",
-            mend="its version may not be one that this was written for: 0.14 to 0.30",
-        ) from error
-
-
 def image_of(answer: Generated, workload: Workload) -> bytes:
     """The file in the answer, its contents not looked at.
 

@@ -11,12 +11,11 @@ from pytest_zimage.catalog import Workload
 from pytest_zimage.engines.servers.faults import RequestFault
 from pytest_zimage.engines.servers.http import Http, StatusError
 from pytest_zimage.engines.servers.session import Expected, Seen, Served, ServerSession
-from pytest_zimage.engines.vllm_omni import metrics, request, versions
+from pytest_zimage.engines.vllm_omni import api, metrics, request, versions
 from pytest_zimage.engines.vllm_omni.metrics import Total
 from pytest_zimage.engines.vllm_omni.versions import Version
 from pytest_zimage.errors import EngineError, MeasurementError, UnsupportedError
 
-_PAGE_BYTES = 8 << 20
 _SETTLING = 500_009
 """Added to a seed: the picture that nobody looks at is not one that is asked for later."""
 
@@ -35,8 +34,9 @@ class VllmOmniSession(ServerSession):
         notes: tuple[str, ...] = (),
         started_s: float = 0.0,
         pid: int | None = None,
+        used: str = "",
     ) -> None:
-        self.started_s, self.pid = started_s, pid
+        self.started_s, self.pid, self.used = started_s, pid, used
         self.faults: dict[str, int] = {}
         self._http, self._model, self._version = http, model, version
         self._same_schedule = same_schedule
@@ -97,7 +97,7 @@ class VllmOmniSession(ServerSession):
             raise request.refusal(error.status, error.body) from error
         seconds = time.perf_counter() - began
         self._disturbed = was_disturbed
-        answer = request.read(data)
+        answer = self._http.typed("POST", request.PATH, data, request.Generated)
         image = request.image_of(answer, workload)
         figures = answer.metrics or request.Figures()
         self._peaks.append(metrics.peak_bytes(figures.peak_memory_mb))
@@ -110,7 +110,7 @@ class VllmOmniSession(ServerSession):
         if not self._counts:
             return {}
         try:
-            return metrics.totals(self._http.raw("GET", "/metrics", _PAGE_BYTES).decode(errors="replace"))
+            return metrics.totals(api.metrics_page(self._http))
         except RequestFault as fault:
             self.faults[fault.kind] = self.faults.get(fault.kind, 0) + 1
         except EngineError:

@@ -86,6 +86,7 @@ class Execution:
         for self._node in order:
             key = nodes.signature(graph, self._node)
             if self._node not in cached:
+                await self._state(0, 1)
                 running = {"node": self._node, "display_node": self._node, "prompt_id": self._id}
                 await self._send("executing", running)
                 cache[key] = await self._compute(graph[self._node]["class_type"], graph[self._node]["inputs"])
@@ -110,7 +111,15 @@ class Execution:
             folder, _, name = inputs.get("filename_prefix", "ComfyUI_temp").rpartition("/")
             # Counted on from what is there, as the real one does.
             file = f"{name}_{1 + sum(one.startswith(f'{name}_') for one in self._worker.saved):05}_.png"
-            self._worker.saved[file] = folder, pictures.png(*pictures.picture(self._graph))
+            if "warns" in self._fault:
+                self._worker.faults.count(self._name)
+                self._worker.log.warn(self._fault["warns"])
+            rgb, width, height = pictures.picture(self._graph, plain_cast=self._worker.options.plain_cast)
+            if self._name == "black":
+                self._worker.faults.count("black")
+                self._worker.log.warn("nodes.py:1611: RuntimeWarning: invalid value encountered in cast")
+                rgb = bytes(len(rgb))
+            self._worker.saved[file] = folder, pictures.png(rgb, width, height)
             self._worker.fault_of_file[file] = self._fault
             return _shown(file, folder)
         return True
@@ -128,6 +137,7 @@ class Execution:
             if step in (1, steps) or (now - told_s >= 0.1 and (step - told) / steps >= 0.005):
                 told_s, told = now, step
                 ticked = {"value": step, "max": steps, "prompt_id": self._id, "node": self._node}
+                await self._state(step, steps)
                 await self._send("progress", ticked)
 
     async def _go_wrong(self) -> None:
@@ -157,6 +167,13 @@ class Execution:
 
     def _where(self) -> dict[str, Any]:
         return {"node_id": self._node, "node_type": self._graph[self._node]["class_type"]}
+
+    async def _state(self, value: float, most: float) -> None:
+        """What newer versions tell beside `executing` and `progress`, with the nodes as a table."""
+        id = self._node
+        node = {"value": value, "max": most, "state": "running", "node_id": id, "prompt_id": self._id}
+        node |= {"display_node_id": id, "parent_node_id": None, "real_node_id": id}
+        await self._send("progress_state", {"prompt_id": self._id, "nodes": {id: node}})
 
     async def _tell(self, kind: str, **data: Any) -> None:
         """An event that the history keeps too."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _OURS = {"step_ms": 2.0, "load_ms": 5.0}
+_WITHOUT_FP8 = {"NVIDIA A100-SXM4-80GB"}
 
 
 def parse() -> argparse.Namespace:
@@ -25,6 +26,8 @@ def parse() -> argparse.Namespace:
     for name in ("disable-auto-launch", "disable-metadata", "disable-all-custom-nodes", "cpu", "fp32-unet", "fp32-vae"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--use-sage-attention", action="store_true")
+    parser.add_argument("--disable-dynamic-vram", action="store_true")
+    parser.add_argument("--gpu", default="", help="what it says it draws on, instead of the CPU")
     parser.add_argument("--fault-script", type=Path, help="what goes wrong on purpose")
     parser.add_argument("--own-ids", action="store_true", help="ignore the client's prompt ids, as before 0.3.50")
     for name, value in _OURS.items():
@@ -38,6 +41,8 @@ class Options:
     def __init__(self, flags: argparse.Namespace) -> None:
         self.step_ms, self.load_ms = flags.step_ms, flags.load_ms
         self.cache_none, self.own_ids = flags.cache_none, flags.own_ids
+        self.gpu, self.dynamic_vram = flags.gpu, bool(flags.gpu) and not flags.disable_dynamic_vram
+        self.plain_cast = self.dynamic_vram or not flags.gpu or flags.gpu in _WITHOUT_FP8
         self._tables: list[dict[str, Any]] = [
             table
             for paths in flags.extra_model_paths_config
@@ -73,7 +78,8 @@ def main() -> None:
     from routes import ROUTES, VERSION, WORKER, starting
     from worker import Worker
 
-    log, faults = Logbook(), Faults()
+    options = Options(flags)
+    log, faults = Logbook(options.gpu, options.dynamic_vram), Faults()
     if flags.fault_script and flags.fault_script.exists():
         faults.read(flags.fault_script)
         if faults.start.get("once"):
@@ -85,14 +91,15 @@ def main() -> None:
     async def made() -> web.Application:
         app = web.Application(middlewares=[starting])
         app.add_routes(ROUTES)
-        app[WORKER] = Worker(Options(flags), log, faults)
+        app[WORKER] = Worker(options, log, faults)
 
         async def working(app: web.Application) -> Any:
             import asyncio
 
-            task = asyncio.ensure_future(app[WORKER].run())
+            tasks = [asyncio.ensure_future(work()) for work in (app[WORKER].run, app[WORKER].monitor)]
             yield
-            task.cancel()
+            for task in tasks:
+                task.cancel()
 
         app.cleanup_ctx.append(working)
         return app

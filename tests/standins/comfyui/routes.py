@@ -27,6 +27,13 @@ async def starting(request: web.Request, handler: Any) -> web.StreamResponse:
     return await handler(request)
 
 
+def _is_canonical(id: Any) -> bool:
+    try:
+        return str(uuid.UUID(id)) == id
+    except (ValueError, AttributeError, TypeError):
+        return False
+
+
 async def _go_wrong(request: web.Request, fault: dict[str, Any], place: str) -> web.Response | None:
     """Drop, refuse or never answer, if `fault` is one of `place`, and that only once."""
     kind, _, where = fault.get("fault", "").partition("_")
@@ -59,6 +66,11 @@ async def prompt(request: web.Request) -> web.Response:
     if error is not None:
         return web.json_response({"error": error, "node_errors": node_errors}, status=400)
     id = str(uuid.uuid4()) if worker.options.own_ids else body.get("prompt_id", str(uuid.uuid4()))
+    if not _is_canonical(id):
+        said = "prompt_id must be a canonical UUID"
+        return web.json_response(
+            {"error": nodes.problem("invalid_prompt_id", said, str(id)), "node_errors": {}}, status=400
+        )
     extra = {"create_time": int(time.time() * 1000), "client_id": body.get("client_id", "")}
     worker.fault_of[id] = fault
     if fault.get("fault") == "deleted":
@@ -167,7 +179,9 @@ async def system_stats(request: web.Request) -> web.Response:
         "argv": sys.argv,
         "comfy_package_versions": packages,
     }
-    device = {"name": "cpu", "type": "cpu", "index": None, "vram_total": 1 << 30, "vram_free": 1 << 29}
+    gpu = request.app[WORKER].options.gpu
+    named = {"name": f"cuda:0 {gpu} : native", "type": "cuda", "index": 0} if gpu else {"name": "cpu", "type": "cpu"}
+    device = {"index": None, **named, "vram_total": 1 << 30, "vram_free": 1 << 29}
     return web.json_response({"system": system, "devices": [device]})
 
 

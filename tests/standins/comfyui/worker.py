@@ -81,6 +81,14 @@ class Worker:
             except ConnectionError:
                 self.sockets.pop(client, None)
 
+    async def monitor(self) -> None:
+        """What a custom node tells every client all the time, if the script says every how many seconds."""
+        while True:
+            every_s = self.faults.script.get("monitor_s")
+            await asyncio.sleep(every_s or 0.05)
+            for client in list(self.sockets) if every_s else ():
+                await self.send(client, "crystools.monitor", {"cpu_utilization": 12.5, "gpus": []})
+
     async def broadcast_status(self) -> None:
         for client in list(self.sockets):
             await self.send(client, "status", {"status": self.queue_info()})
