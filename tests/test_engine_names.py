@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pytest_zimage"
 NAMES = re.compile(r"comfy_?ui|vllm|diffusers", re.IGNORECASE)
-OWN = {"option_table.py", "options.py", "option_engines.py"}
-"""An engine's own options: their names, and who may give them."""
-PACKAGES = {"imaging.py"}
+FOLDERS = ("verdict", "baselines", "judging", "reports", "images")
+"""Not `options`: an engine's own options, their names, and who may give them."""
+PACKAGES = {"images/shelf.py"}
 """Versions of packages, one of which is called as an engine is."""
 
 
@@ -26,11 +26,11 @@ def is_of_a_named_engine(path: Path) -> bool:
 MODULES = [
     path
     for path in (
-        *(path for folder in ("verdict", "baselines", "reports") for path in sorted((PACKAGE / folder).glob("*.py"))),
-        *(path for path in sorted(PACKAGE.glob("*.py")) if path.name not in OWN | PACKAGES),
+        *(path for folder in FOLDERS for path in sorted((PACKAGE / folder).glob("*.py"))),
+        *sorted(PACKAGE.glob("*.py")),
         *sorted((ROOT / "suites").glob("*.py")),
     )
-    if not is_of_a_named_engine(path)
+    if not is_of_a_named_engine(path) and path.relative_to(PACKAGE.parent).as_posix().partition("/")[2] not in PACKAGES
 ]
 
 
@@ -62,7 +62,7 @@ def test_it_names_no_engine(path):
 
 def test_all_of_them_are_looked_at():
     looked = {path.relative_to(ROOT).as_posix() for path in MODULES}
-    assert {"suites/test_memory.py", "pytest_zimage/gate.py", "pytest_zimage/verdict/metrics.py"} <= looked
+    assert {"suites/test_memory.py", "pytest_zimage/judging/gate.py", "pytest_zimage/verdict/metrics.py"} <= looked
     assert "pytest_zimage/baselines/store.py" in looked
 
 
