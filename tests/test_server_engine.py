@@ -223,7 +223,7 @@ def test_every_observation_reaches_the_record(engine, plan):
     assert record.disk_bytes == 21_000
     assert (record.engine, record.variant, record.index, record.device) == ("scripted", "nvfp4", 0, "cpu")
     assert record.loaded.weight_bytes == record.loaded.tensors == record.loaded.compute == {}
-    assert list(record.asked_s) == ["start and first image", "warm-up", "rounds", "images"]
+    assert list(record.stages_s) == ["start and first image", "warm-up", "rounds", "images", "close", "memory back"]
     assert RunRecord.from_json(record.to_json()) == record
 
 
@@ -638,7 +638,7 @@ def test_slowness_is_put_in_by_really_waiting(engine, plan):
         assert math.fsum(round_.phases_s.values()) == pytest.approx(round_.seconds)
         assert round_.beside_s["client"] - 0.26 == pytest.approx(round_.seconds - 0.25)
         assert round_.beside_s["png"] == 0.01
-    assert record.asked_s["rounds"] > 3 * 0.2 * 0.25
+    assert record.stages_s["rounds"] > 3 * 0.2 * 0.25
     assert record.inject == Injection(warm_latency=0.2, cold_load=0.4)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -30,6 +30,7 @@ from pytest_zimage.engines.protocol import (
     Traced,
 )
 from pytest_zimage.engines.record import ColdLoad, RunRecord
+from pytest_zimage.engines.stages import Stages
 from pytest_zimage.errors import EngineError, MeasurementError
 from pytest_zimage.probes import pagecache
 from pytest_zimage.probes.leftover import DeviceUse
@@ -48,23 +49,23 @@ class LocalEngine(Engine):
 
     def run(self, plan: RunPlan, progress: ReportProgress) -> RunRecord:
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        begin = time.monotonic()
         files = sorted({file for path in plan.files.values() for file in weight_files(path)})
         use = DeviceUse(plan.gpu)
-        asked_s: dict[str, float] = {}
+        stage = Stages()
 
-        def ask(kind: type[Expected], request: Request, stage: str) -> Expected:
-            asked = time.monotonic()
-            reply = _expect(kind, worker.ask(request, stage))
-            asked_s[stage] = asked_s.get(stage, 0.0) + time.monotonic() - asked
-            return reply
+        def ask(kind: type[Expected], request: Request, name: str) -> Expected:
+            with stage(name):
+                return _expect(kind, worker.ask(request, name))
 
-        with guarding(plan.fit, plan.gpu, progress) as guard, self._worker(plan, progress) as worker:
-            # Emptied after the packages are imported: importing takes seconds in which something may read the files.
-            hello = _expect(Hello, worker.receive("import"))
+        with guarding(plan.fit, plan.gpu, progress) as guard, ExitStack() as stack:
+            with stage("start"):
+                worker = stack.enter_context(self._worker(plan, progress))
+                hello = _expect(Hello, worker.receive("import"))
             _check_device(plan, hello)
             with plan.reading(progress):
-                cache = pagecache.empty(files)
+                # After the packages are imported: that takes seconds in which something may read the files.
+                with stage("page cache"):
+                    cache = pagecache.empty(files)
                 loaded = ask(Loaded, _load_request(plan), "load")
             first = ask(Drawn, Draw(rounds=1, first=True), "first image").rounds[0]
             # Untimed, and so the image that warms up what the first one left cold.
@@ -77,7 +78,10 @@ class LocalEngine(Engine):
             memory = ask(Reported, Report(), "report")
             worker.on_progress = lambda shown: plan.arrived(shown.image) if shown.image else None
             images = ask(DrawnImages, plan.images, "images").images if plan.images else ()
-            worker.close()
+            with stage("close"):
+                worker.close()
+        with stage("memory back"):
+            left_bytes = use.left_bytes()
         return RunRecord(
             variant=plan.variant.name,
             index=plan.index,
@@ -104,10 +108,10 @@ class LocalEngine(Engine):
             dispatch=traced.dispatch,
             dequantised=traced.dequantised,
             images=images,
-            device_left_bytes=use.left_bytes(),
+            device_left_bytes=left_bytes,
             started_at=started_at,
-            wall_s=time.monotonic() - begin,
-            asked_s=asked_s,
+            wall_s=stage.total_s(),
+            stages_s=stage.seconds,
         )
 
     def draw(self, plan: RunPlan, progress: ReportProgress) -> tuple[DrawnImage, ...]:

@@ -67,8 +67,8 @@ class RunRecord(Struct, frozen=True, kw_only=True):
     """Device memory in use once the process was gone, less what was in use before it began; None where unknown."""
     started_at: str = ""
     wall_s: float = 0.0
-    asked_s: dict[str, float] = {}
-    """Seconds from each request to its answer, by stage: where the run's wall time went."""
+    stages_s: dict[str, float] = {}
+    """Seconds by stage, in their order: where the run's wall time went. Waiting for other processes is in none."""
 
     def to_json(self) -> bytes:
         return json.encode(self)

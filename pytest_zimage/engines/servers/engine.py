@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime
 from functools import partial
 
@@ -22,6 +20,7 @@ from pytest_zimage.engines.servers.opening import Opened, opened
 from pytest_zimage.engines.servers.pictures import Pictures
 from pytest_zimage.engines.servers.rounds import Rounds, images
 from pytest_zimage.engines.servers.session import Seen, ServerSession
+from pytest_zimage.engines.stages import Stages
 from pytest_zimage.probes.leftover import DeviceUse
 
 
@@ -47,15 +46,14 @@ class ServerEngine(Engine):
         self._refuse_plan(plan)
         spoiling.refuse_what_cannot_be(plan.inject, self.name)
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        begin = time.monotonic()
         files = sorted({file for path in plan.files.values() for file in weight_files(path)})
         use = DeviceUse(plan.gpu)
-        took = _Took()
+        stage = Stages()
         what = f"{self.name} of {plan.variant.name}, run {plan.index + 1}"
         asking = Asking(what, 2 + plan.rounds + (len(plan.images.jobs) if plan.images else 0))
         seeds, pictures = Seeds(plan.workload, plan.rounds), Pictures(what)
         with guarding(plan.fit, plan.gpu, progress, also=self.attached_pid) as guard, ExitStack() as stack:
-            with took("start and first image"):
+            with stage("start and first image"):
                 server = stack.enter_context(
                     opened(
                         plan,
@@ -69,17 +67,21 @@ class ServerEngine(Engine):
                 )
             session = server.session
             draw = Rounds(plan, session, asking, seeds, pictures)
-            with took("warm-up"):
+            with stage("warm-up"):
                 progress("warm-up", 0, 0)
                 draw(plan.rounds)
-            with took("rounds"):
+            with stage("rounds"):
                 rounds, fitness = guard.timed(lambda: draw.all(progress), worker=session.pid)
             server.memory.now()
             seen = asking.ask(session.seen)
             memory = self._reported(plan, server, seen)
-            with took("images"):
+            with stage("images"):
                 images_drawn = images(plan, session, asking, pictures, progress)
             faults = asking.all_faults
+            with stage("close"):
+                stack.close()
+        with stage("memory back"):
+            left_bytes = use.left_bytes() if server.started_here else None
         return RunRecord(
             variant=plan.variant.name,
             index=plan.index,
@@ -100,10 +102,10 @@ class ServerEngine(Engine):
             unquantised=seen.unquantised,
             faults=faults,
             images=images_drawn,
-            device_left_bytes=use.left_bytes() if server.started_here else None,
+            device_left_bytes=left_bytes,
             started_at=started_at,
-            wall_s=time.monotonic() - begin,
-            asked_s=took.seconds,
+            wall_s=stage.total_s(),
+            stages_s=stage.seconds,
         )
 
     def _refuse_plan(self, plan: RunPlan) -> None:
@@ -159,16 +161,3 @@ class ServerEngine(Engine):
 def _of_weights_read(environment: dict[str, str], server: Opened) -> dict[str, str]:
     """The fingerprints of weights are kept only where the server may have read those."""
     return {key: value for key, value in environment.items() if server.reads_them or not key.startswith("weights.")}
-
-
-class _Took:
-    """Where a run's wall time went, by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.seconds[stage] = time.monotonic() - began
