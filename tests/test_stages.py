@@ -39,6 +39,6 @@ def test_a_stage_that_fails_has_its_time(clock):
             clock.now += 2
             raise ValueError
 
-    with pytest.raises(ValueError, match="^$"):
+    with pytest.raises(ValueError, match=r"^$"):
         fail()
     assert stage.seconds == {"load": 2.0}
