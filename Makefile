@@ -20,6 +20,7 @@ test: $(STAMP) lint
 # was meant: make portable-baselines REASON="what changed".
 portable-baselines: $(STAMP)
 	$(BIN)/python -m pytest suites -k "disk or weights or linears or forwards or dispatch or quality" --zimage-device cpu --zimage-runs 1 \
+	    --zimage-config "*,!@sage" \
 	    --update-baselines --update-reason "$(REASON)" $(PYTEST_ARGS)
 
 # Records this machine's timings and memory (five runs a variant), so that later runs are judged against them.

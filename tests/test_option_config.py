@@ -25,6 +25,12 @@ ALL = ["bf16", "fp8-cast", "fp8-cast-fast", "fp8-scaled", "nvfp4", "nvfp4-fp8e"]
             ["modelopt-f*[!e]", "online-fp8"],
             ["modelopt-full", *(f"modelopt-ffn-{n}" for n in ("only", "attn-qkv", "attn-out")), "online-fp8"],
         ),
+        (
+            ["*", "!@vllm-omni", "!bf16-*", "!@fp8", "!@nvfp4", "!*gguf*"],
+            ["bf16", "mxfp8", "int8-convrot", "svdquant-w4a4"],
+        ),
+        (["!fp8-*", "!bf16"], ["nvfp4", "nvfp4-fp8e"]),
+        (["!nvfp4*", "@part1"], ALL[:4]),
         (["online-*", "bf16-*"], ["bf16-float32", "bf16-compile", "online-fp8", "bf16-sage", "online-fp8-sage"]),
     ],
 )
@@ -35,6 +41,20 @@ def test_selection_keeps_catalogue_order(patterns, names):
 def test_close_matches_are_offered():
     with pytest.raises(CatalogError, match="unknown variant 'nvpf4'; did you mean 'nvfp4'"):
         load_catalog().select(["nvpf4"])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["!nvpf4"], "unknown variant 'nvpf4'; did you mean 'nvfp4'"),
+        (["nvfp4", "!@nvpf4"], "no variant has the tag @nvpf4"),
+        (["nvfp4", "!@nvfp4", "!bf16"], "!@nvfp4, !bf16 leaves out every variant that was asked for"),
+    ],
+)
+def test_leaving_out_what_is_not_there_or_everything_is_an_error(patterns, message):
+    with pytest.raises(CatalogError) as caught:
+        load_catalog().select(patterns)
+    assert message in str(caught.value)
 
 
 def test_unknown_tag_lists_the_known():

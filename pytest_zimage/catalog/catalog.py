@@ -41,28 +41,34 @@ class Catalog(Struct, frozen=True):
         return _pick(self.devices, name, "device class", "name one of the catalogue, or add a table of your own")
 
     def select(self, patterns: Iterable[str]) -> list[Variant]:
-        """Variants in catalogue order that any of `patterns` names: a name, a glob, or `@tag`.
+        """Variants in catalogue order that any of `patterns` names: a name, a glob, `@tag`; with `!` before it: not that.
 
-        No patterns: the default ones, which is what runs when nobody says what to run.
+        Without patterns that name any: the default ones, which is what runs when nobody says what to run.
 
-        Raises `CatalogError` for a pattern that names nothing.
+        Raises `CatalogError` for a pattern that names nothing, and if nothing is left.
         """
-        wanted = list(patterns)
-        if not wanted:
-            return [variant for variant in self.variants.values() if variant.default]
-        chosen: set[str] = set()
-        for pattern in wanted:
-            if pattern.startswith("@"):
-                hits = [v.name for v in self.variants.values() if pattern[1:] in v.tags]
-                if not hits:
-                    tags = sorted({tag for v in self.variants.values() for tag in v.tags})
-                    raise CatalogError(f"no variant has the tag {pattern}", mend=f"known tags: {', '.join(tags)}")
-            else:
-                hits = fnmatch.filter(self.variants, pattern)
-                if not hits:
-                    self.variant(pattern)
-            chosen.update(hits)
-        return [v for v in self.variants.values() if v.name in chosen]
+        given = list(patterns)
+        out = [pattern[1:] for pattern in given if pattern.startswith("!")]
+        wanted = [pattern for pattern in given if not pattern.startswith("!")]
+        unwanted = {name for pattern in out for name in self._named(pattern)}
+        chosen = {name for pattern in wanted for name in self._named(pattern)}
+        chosen = chosen or {variant.name for variant in self.variants.values() if variant.default}
+        left = [variant for variant in self.variants.values() if variant.name in chosen - unwanted]
+        if chosen and not left:
+            raise CatalogError(
+                f"{', '.join('!' + pattern for pattern in out)} leaves out every variant that was asked for",
+                mend="ask for more, or leave out less",
+            )
+        return left
+
+    def _named(self, pattern: str) -> list[str]:
+        if not pattern.startswith("@"):
+            # A name that is not there says which is meant.
+            return fnmatch.filter(self.variants, pattern) or [self.variant(pattern).name]
+        if hits := [variant.name for variant in self.variants.values() if pattern[1:] in variant.tags]:
+            return hits
+        tags = sorted({tag for variant in self.variants.values() for tag in variant.tags})
+        raise CatalogError(f"no variant has the tag {pattern}", mend=f"known tags: {', '.join(tags)}")
 
 
 def _pick(rows: dict[str, Row], name: str, what: str, mend: str) -> Row:

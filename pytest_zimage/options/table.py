@@ -49,8 +49,8 @@ class Option:
 OPTIONS: tuple[Option, ...] = (
     Option(
         "config",
-        "variants to run: a name, a glob ('*': all), or --zimage-config=@tag; repeatable, commas"
-        " (default: those that --zimage-list does not mark)",
+        "variants to run: a name, a glob ('*': all), or --zimage-config=@tag; '!' before it: not that; repeatable,"
+        " commas (default: those that --zimage-list does not mark)",
         metavar="NAME",
         many=True,
     ),
