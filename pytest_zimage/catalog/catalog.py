@@ -41,7 +41,7 @@ class Catalog(Struct, frozen=True):
         return _pick(self.devices, name, "device class", "name one of the catalogue, or add a table of your own")
 
     def select(self, patterns: Iterable[str]) -> list[Variant]:
-        """Variants in catalogue order that any of `patterns` names: a name, a glob, `@tag`; with `!` before it: not that.
+        """Variants in catalogue order that any of `patterns` names: name, glob, `@tag`; with `!` before it: not that.
 
         Without patterns that name any: the default ones, which is what runs when nobody says what to run.
 
