@@ -42,20 +42,22 @@ def load(name: str, files: dict[Role, Path] | None = None, **changed) -> LoadedP
     return load_pipeline(variant, DIMS, paths, tokenizer, build_scheduler(CATALOG.workload("turbo-tiny")), CPU)
 
 
+def load_request(name: str, workload: str = "turbo-tiny", **changed) -> Load:
+    """What a worker is asked for to draw `workload`, with the keys `changed`, with a variant's tiny files."""
+    return Load(
+        variant=CATALOG.variant(name),
+        workload=structs.replace(CATALOG.workload(workload), **changed),
+        dims=DIMS,
+        files={role: str(path) for role, path in files_of(name).items()},
+        tokenizer=str(user_cache() / "synthetic-tiny" / "tokenizer"),
+        device="cpu",
+    )
+
+
 def engine(name: str, workload: str = "turbo-tiny", **changed) -> DiffusersEngine:
     """A variant in the engine of the worker, ready to draw `workload` with the keys `changed`."""
-    paths = {role: str(path) for role, path in files_of(name).items()}
     ready = DiffusersEngine()
-    ready.load(
-        Load(
-            variant=CATALOG.variant(name),
-            workload=structs.replace(CATALOG.workload(workload), **changed),
-            dims=DIMS,
-            files=paths,
-            tokenizer=str(user_cache() / "synthetic-tiny" / "tokenizer"),
-            device="cpu",
-        )
-    )
+    ready.load(load_request(name, workload, **changed))
     return ready
 
 

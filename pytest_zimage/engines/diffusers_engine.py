@@ -76,6 +76,11 @@ class DiffusersEngine:
             flops_per_image=self._loaded.flops_per_image(),
         )
 
+    def close(self) -> None:
+        """Leave nothing behind outside this process."""
+        if self._compiled is not None:
+            self._compiled.cleanup()
+
     def draw(self, request: Draw, progress: Report) -> Drawn:
         """Draw `request.rounds` images; `progress` is called between them only.
 
