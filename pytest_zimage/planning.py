@@ -52,6 +52,7 @@ def make_plan(
         log=session.folder / "logs" / f"{variant.name}-{index + 1}.log",
         timeout_s=session.settings.timeout_s,
         fit=fit_plan(session, variant),
+        replays_forwards=session.machine.device_class.replays_forwards,
         disks=lambda files, progress: disks(session.locks, files, progress),
     )
 

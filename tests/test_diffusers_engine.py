@@ -172,8 +172,8 @@ def test_no_rounds_are_no_measurement(engine) -> None:
 
 def test_wrong_number_of_forwards_is_no_measurement(engine) -> None:
     loaded = engine()
-    pipeline = loaded._loaded.pipeline
-    pipeline.transformer.register_forward_pre_hook(loaded._loaded._count)
+    forwards = loaded._loaded.forwards
+    loaded.pipeline.transformer.register_forward_pre_hook(lambda *_: setattr(forwards, "count", forwards.count + 1))
     with pytest.raises(MeasurementError, match="bf16: 16 transformer forwards for 8 steps"):
         loaded.draw(Draw(1), silent)
 

@@ -1,4 +1,4 @@
-"""Prompts are encoded by the encoder's own layers, and on a GPU replayed as a graph once they are warm."""
+"""Prompts are encoded by the encoder's own layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny_files import CPU, load
 
-from pytest_zimage.engines import encoding
 from pytest_zimage.engines.encoding import PromptEncoder
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3]])
@@ -36,48 +35,3 @@ def test_a_cpu_goes_kernel_by_kernel(text_encoder):
     encoder = PromptEncoder(text_encoder, CPU)
     encoder.capture(IDS)
     assert encoder.how == "kernel by kernel"
-
-
-class Graph:
-    """What a GPU would do with the layers, done at once."""
-
-    made = 0
-
-    def __init__(self, layers, ids):
-        type(self).made += 1
-        self.layers = layers
-
-    def replay(self, ids):
-        return self.layers(ids)[0] + 1000
-
-
-@pytest.fixture
-def on_gpu(text_encoder, monkeypatch):
-    monkeypatch.setattr(encoding, "_Graph", Graph)
-    monkeypatch.setattr(Graph, "made", 0)
-    encoder = PromptEncoder(text_encoder, CPU)
-    encoder._replays = True
-    return encoder
-
-
-def test_a_gpu_replays_prompts_of_a_length_it_has_captured(on_gpu):
-    with torch.inference_mode():
-        plain = on_gpu(IDS)
-        on_gpu.capture(IDS)
-        on_gpu.capture(IDS + 1)
-        assert (Graph.made, on_gpu.how) == (1, "replayed as a graph")
-        assert torch.equal(on_gpu(IDS), plain + 1000)
-        assert torch.equal(on_gpu(IDS, replay=False), plain)
-        assert torch.equal(on_gpu(IDS[:, :3]), on_gpu(IDS[:, :3], replay=False))
-
-
-def test_a_gpu_that_refuses_to_capture_goes_on_and_says_so(on_gpu, monkeypatch):
-    def refuse(layers, ids):
-        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
-
-    monkeypatch.setattr(encoding, "_Graph", refuse)
-    with torch.inference_mode():
-        plain = on_gpu(IDS)
-        on_gpu.capture(IDS)
-        assert torch.equal(on_gpu(IDS), plain)
-    assert on_gpu.how == "kernel by kernel: operation not permitted when stream is capturing"

@@ -198,6 +198,10 @@ class DeviceClass(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     unified_memory: bool = False
     stored_timings: bool = True
     """False for `cpu`: no two hosts agree, so timings are judged only against runs of the same machine."""
+    replays_forwards: bool = False
+    """Whether the transformer's forwards of a warm image are replayed as a CUDA graph: for devices that compute
+    quantised products about as fast as a host launches them, whose latency would be the host's. The graph keeps room
+    for what a forward takes beside the weights, a few hundred MiB."""
     bands: dict[str, float] = {}
     """Relative band by metric, where this device is quieter or noisier than the rule's default."""
     fitness: FitnessLimits = FitnessLimits()

@@ -60,6 +60,8 @@ class RunPlan:
     """Holds the disks that files lie on."""
     arrived: Callable[[DrawnImage], None] = lambda image: None
     """Called with those of `images` that are on disk while others are still drawn; an engine need not."""
+    replays_forwards: bool = False
+    """As `DeviceClass.replays_forwards`; an engine need not."""
     same_schedule: bool = False
     """Draw on exactly the workload's noise levels, even where the engine needs another number of steps for them: for
     images that are held against another engine's."""

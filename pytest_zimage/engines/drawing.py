@@ -18,6 +18,7 @@ from pytest_zimage.checkpoints.acceleration import compiling
 from pytest_zimage.checkpoints.flops import transformer_flops
 from pytest_zimage.engines.clock import DeviceClock
 from pytest_zimage.engines.encoding import PromptEncoder
+from pytest_zimage.engines.forwards import Forwards
 from pytest_zimage.engines.protocol import Load, Round, Traced
 from pytest_zimage.engines.sampler import unshifted_sigmas
 from pytest_zimage.errors import MeasurementError
@@ -40,9 +41,8 @@ class LoadedVariant:
         self.pipeline = pipeline
         self._device = device
         self.encoder = PromptEncoder(pipeline.text_encoder, device)
+        self.forwards = Forwards(pipeline.transformer, replays=request.replays_forwards and device.type == "cuda")
         self._fallbacks = Fallbacks()
-        self._forwards = 0
-        pipeline.transformer.register_forward_pre_hook(self._count)
 
     def draw(self, clock: DeviceClock, workload: Workload) -> tuple[Round, torch.Tensor]:
         """One timed image, and its pixels `[H, W, 3]` uint8 on the host.
@@ -60,18 +60,24 @@ class LoadedVariant:
     def trace(self) -> Traced:
         """Draw one untimed image, and count what served it; raises as `draw` does.
 
-        Afterwards the workload's prompt is warm: what is timed from here on replays its encoding where it can.
+        Afterwards the workload's prompt is warm: what is timed from here on replays what can be.
         """
         with DispatchTrace(self.pipeline.transformer) as trace:
             self._draw(self.plain_clock, self.workload, replay=False)
         trace.refuse_fallbacks(self._name)
         self._warm_up()
-        return structs.replace(trace.traced(), text_encoding=self.encoder.how)
+        return structs.replace(trace.traced(), text_encoding=self.encoder.how, transformer_forwards=self.forwards.how)
 
     def _warm_up(self) -> None:
-        with torch.inference_mode():
+        """Capture what drawing the workload takes; it has just been drawn."""
+        # A kernel that refuses to be captured may be replaced by dequantising, and be replayed so for good.
+        fallbacks = Fallbacks()
+        with fallbacks.listening(), torch.inference_mode():
             for prompt in (self.workload.prompt, self.workload.negative_prompt)[: self.workload.forwards_per_step]:
                 self.encoder.capture(self._tokens(prompt))
+            self.forwards.capture()
+        if fallbacks.calls:
+            raise fallbacks.error(self._name)
 
     def flops_per_image(self) -> int:
         """Operations of the transformer in one image of the variant's own workload."""
@@ -81,7 +87,7 @@ class LoadedVariant:
         return transformer_flops(self.pipeline.transformer.config, self.workload, tokens)
 
     def _draw(self, clock: DeviceClock, workload: Workload, *, replay: bool = True) -> tuple[Round, torch.Tensor]:
-        self._forwards = 0
+        self.forwards.count, self.forwards.replay = 0, replay
 
         def step_end(_pipeline: object, step: int, _timestep: object, _tensors: object) -> dict[str, torch.Tensor]:
             clock.mark(f"step_{step + 1}")
@@ -112,7 +118,7 @@ class LoadedVariant:
             clock.mark("to_image")
             seconds, phases_s = clock.stop()
             self._check(decoded)
-        return Round(seconds, phases_s, self._forwards, digest(pixels)), pixels
+        return Round(seconds, phases_s, self.forwards.count, digest(pixels)), pixels
 
     def _encode(self, prompt: str, *, replay: bool) -> torch.Tensor:
         """`[tokens, hidden]` in the transformer's type: the last layer but one, unpadded, without the final norm."""
@@ -141,15 +147,12 @@ class LoadedVariant:
         decoded: torch.Tensor = vae.decode(latents, return_dict=False)[0]
         return decoded
 
-    def _count(self, _transformer: object, arguments: tuple[Any, ...]) -> None:
-        # Each image of a batch is a forward of its own: with guidance the pipeline computes two in one call.
-        self._forwards += len(arguments[0])
-
     def _check(self, decoded: torch.Tensor) -> None:
         steps, each = self.workload.steps, self.workload.forwards_per_step
-        if self._forwards != steps * each:
+        if self.forwards.count != steps * each:
             raise MeasurementError(
-                f"{self._name}: {self._forwards} transformer forwards for {steps} steps" + f" of {each}" * (each > 1),
+                f"{self._name}: {self.forwards.count} transformer forwards for {steps} steps"
+                + f" of {each}" * (each > 1),
                 mend="check the installed diffusers: the schedule it runs is not the workload's",
             )
         if not bool(torch.isfinite(decoded).all()):

@@ -102,7 +102,12 @@ class LocalEngine(Engine):
             rss_idle_bytes=hello.rss_idle_bytes,
             loaded=loaded,
             disk_bytes=sum(path.stat().st_size for path in files),
-            environment={**plan.environment, **hello.environment, "text_encoding": traced.text_encoding},
+            environment={
+                **plan.environment,
+                **hello.environment,
+                "text_encoding": traced.text_encoding,
+                "transformer_forwards": traced.transformer_forwards,
+            },
             inject=plan.inject,
             fitness=fitness,
             dispatch=traced.dispatch,
@@ -157,6 +162,7 @@ def _load_request(plan: RunPlan) -> Request:
         tokenizer=str(plan.tokenizer),
         device=plan.device,
         inject=plan.inject,
+        replays_forwards=plan.replays_forwards,
     )
 
 

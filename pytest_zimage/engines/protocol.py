@@ -46,6 +46,8 @@ class Load(Struct, frozen=True, tag=True):
     device: str
     """A torch device: `cpu` or `cuda:0`."""
     inject: Injection = Injection()
+    replays_forwards: bool = False
+    """As `DeviceClass.replays_forwards`."""
 
 
 class Draw(Struct, frozen=True, tag=True):
@@ -195,7 +197,9 @@ class Traced(Struct, frozen=True, tag=True):
     dequantised: dict[str, int] = {}
     """Calls by layer, for layers that compute quantised and dequantised instead."""
     text_encoding: str = ""
-    """How prompts are encoded from here on."""
+    """How prompts are encoded from here on, as `Replays.how`."""
+    transformer_forwards: str = ""
+    """The same for the transformer's forwards."""
 
 
 class Reported(Struct, frozen=True, tag=True):
