@@ -575,6 +575,21 @@ def test_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", ["cuda:1"]), ("cpu", [])])
+def test_weights_are_made_on_the_gpu_that_was_named(tmp_path, monkeypatch, device, current):
+    """xdist's second worker writes on the second GPU, where comfy-kitchen refused to quantise to MXFP8."""
+    from pytest_zimage.checkpoints.synthetic.__main__ import main
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    monkeypatch.setattr(
+        "pytest_zimage.checkpoints.synthetic.build.build_model_set",
+        lambda *_, device, **__: chosen.append(f"made on {device}"),
+    )
+    assert main(["--set", "synthetic-tiny", "--out", str(tmp_path), "--device", device]) == 0
+    assert chosen == [*current, f"made on {device}"]
+
+
 def test_tensors_are_aligned_to_their_own_size(tiny):
     for path in (BF16, KIJAI, NVFP4, ENCODER, MIXED, VAE):
         sizes = {"F32": 4, "BF16": 2}
