@@ -575,7 +575,7 @@ def test_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("device", "current"), [("cuda:1", ["cuda:1"]), ("cpu", [])])
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
 def test_weights_are_made_on_the_gpu_that_was_named(tmp_path, monkeypatch, device, current):
     """xdist's second worker writes on the second GPU, where comfy-kitchen refused to quantise to MXFP8."""
     from pytest_zimage.checkpoints.synthetic.__main__ import main
