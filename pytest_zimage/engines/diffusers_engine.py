@@ -121,8 +121,11 @@ class DiffusersEngine:
 
 
 def _save(pixels: torch.Tensor, path: str) -> None:
+    # Beside it first: a later session takes an image at its word, and this process may be killed while it writes.
+    partial = Path(f"{path}.partial")
     # The lightest compression: a tenth larger than the default's files, in a seventh of its time.
-    Image.fromarray(pixels.numpy()).save(path, format="PNG", compress_level=1)
+    Image.fromarray(pixels.numpy()).save(partial, format="PNG", compress_level=1)
+    partial.replace(path)
 
 
 def _device(name: str) -> torch.device:
