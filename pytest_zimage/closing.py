@@ -49,7 +49,7 @@ def finish(session: pytest.Session, ours: ZImageSession) -> None:
     if is_worker(session.config):
         session.config.workeroutput["zimage"] = results_file.to_json(part).decode()  # type: ignore[attr-defined]
         return
-    if not (part.verdicts or part.errors or part.runs or ours.notes):
+    if not (part.verdicts or part.errors or part.runs or ours.notes or ours.ending.terminated):
         return
     _write_results(ours, part)
     ours.notes = part.notes
@@ -91,11 +91,22 @@ def merge(ours: ZImageSession, found: str) -> None:
 
 def merge_vanished(ours: ZImageSession, worker: str, host: str, why: str) -> None:
     """Take over what a worker had found before it vanished, and say that it did."""
+    _merge_saved(ours, worker)
+    where = f" on {host}: what it had measured there is lost" if host else ""
+    ours.notes = (*ours.notes, f"xdist's worker {worker} vanished ({why}){where}")
+
+
+def merge_unheard(ours: ZImageSession, worker: str, place: str) -> None:
+    """Take over what a worker had found when the controller was interrupted; `place`: where, if not in this folder."""
+    _merge_saved(ours, worker)
+    if place:
+        ours.notes = (*ours.notes, f"xdist's worker {worker} was interrupted: what it had measured {place} is lost")
+
+
+def _merge_saved(ours: ZImageSession, worker: str) -> None:
     saved = _part_file(ours, worker)
     if saved.is_file():
         merge(ours, saved.read_text(encoding="utf-8"))
-    where = f" on {host}: what it had measured there is lost" if host else ""
-    ours.notes = (*ours.notes, f"xdist's worker {worker} vanished ({why}){where}")
 
 
 def _part_file(ours: ZImageSession, worker: str) -> Path:

@@ -27,7 +27,7 @@ def session_notes(ours: ZImageSession, environment: Mapping[str, str], runs: Seq
     told = [
         *(slow_kitchen(environment), fault_line(known), emulation_line(known)),
         *cold_lines(ours.verdicts, known),
-        *(*others, *_elsewhere(ours), *_crowd(ours), *_missing(ours)),
+        *(*others, *_elsewhere(ours), *_crowd(ours), *_terminated(ours), *_missing(ours)),
     ]
     return tuple(filter(None, told))
 
@@ -92,4 +92,13 @@ def _crowd(ours: ZImageSession) -> tuple[str, ...]:
 def _missing(ours: ZImageSession) -> tuple[str, ...]:
     # A worker cannot tell what is missing from what the others are still making.
     missing = [] if is_worker(ours.config) else missing_from(ours.runs_folder)
-    return tuple(f"{what} is missing: the process that made it is gone" for what in missing)
+    return tuple(f"{what} is missing: it was broken off" for what in missing)
+
+
+def _terminated(ours: ZImageSession) -> tuple[str, ...]:
+    if not ours.ending.terminated:
+        return ()
+    place = place_of(ours.config)
+    if place is not None:
+        return (f"xdist's worker {place.name} was ended by SIGTERM",)
+    return ("ended by SIGTERM: what was measured before is kept, the rest was not measured",)

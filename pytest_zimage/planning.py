@@ -26,11 +26,12 @@ def make_plan(
     """
     model_set = session.model_set
     if engine.needs_files:
-        model_set.ensure(
+        anew = model_set.ensure(
             variant.files().values(),
             device=session.machine.torch_device,
             say=lambda line: progress(f"writing {model_set.name}: {line}", 0, 0),
         )
+        session.notes = (*session.notes, *anew)
     files = _files(model_set, variant, engine)
     return RunPlan(
         variant=variant,

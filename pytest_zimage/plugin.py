@@ -31,8 +31,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "zimage_images: judges images, so each variant's first run draws them too")
     if config.pluginmanager.hasplugin("xdist"):
         from pytest_zimage.xdist import XdistHooks
+        from pytest_zimage.xdist_ending import XdistEnding
 
         config.pluginmanager.register(XdistHooks(config), "zimage-xdist")
+        config.pluginmanager.register(XdistEnding(config), "zimage-xdist-ending")
     # A worker of xdist cannot stop the session from here: what is wrong there it tells once it has collected.
     if options.given(config) and not hasattr(config, "workerinput"):
         from pytest_zimage.collect import check_settings
@@ -74,10 +76,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    if any(item.get_closest_marker("zimage_images") for item in session.items):
+    if any(outcomes.is_ours(item) for item in session.items):
         from pytest_zimage.session import start
 
-        start(session.config).wants_images = True
+        ours = start(session.config)
+        ours.wants_images = any(item.get_closest_marker("zimage_images") for item in session.items)
+        ours.ending.listen()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -96,11 +100,18 @@ def pytest_report_teststatus(report: pytest.CollectReport | pytest.TestReport) -
     return outcomes.skip_status(report)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
     if (ours := session.config.stash.get(SESSION, None)) is not None:
-        from pytest_zimage.closing import finish
+        # Before xdist ends its workers, which takes seconds.
+        ours.ending.closing = True
+    try:
+        yield
+    finally:
+        if (ours := session.config.stash.get(SESSION, None)) is not None:
+            from pytest_zimage.closing import finish
 
-        finish(session, ours)
+            finish(session, ours)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -108,3 +119,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         from pytest_zimage.closing import summarise
 
         summarise(terminalreporter, ours)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if (ours := config.stash.get(SESSION, None)) is not None:
+        ours.ending.restore()

@@ -98,19 +98,21 @@ def runs_in(folder: Path) -> list[RunRecord]:
 
 
 def missing_from(folder: Path) -> list[str]:
-    """What was begun in `folder` and never ended, because the process that made it is gone."""
+    """What was begun in `folder` and never ended, because whoever made it was interrupted or is gone."""
     return [path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"*{_BEGUN}"))]
 
 
 @contextmanager
 def _begun(path: Path, what: str) -> Iterator[None]:
-    """Leave a mark for as long as `what` is being made; it outlives a process that is killed."""
+    """Leave a mark for as long as `what` is being made; it outlives a process that is killed and an interruption."""
     mark = path.with_suffix(_BEGUN)
     _write(mark, what.encode())
     try:
         yield
-    finally:
+    except Exception:
         mark.unlink(missing_ok=True)
+        raise
+    mark.unlink(missing_ok=True)
 
 
 def _make(path: Path, failed: Path, what: str, make: Callable[[], bytes]) -> None:

@@ -23,6 +23,7 @@ from pytest_zimage.baselines.schema import Key
 from pytest_zimage.baselines.store import BaselineStore
 from pytest_zimage.catalog import Catalog, Variant, Workload, load_catalog
 from pytest_zimage.checkpoints.modelset import Fingerprints, ModelSet, open_model_set
+from pytest_zimage.ending import Ending
 from pytest_zimage.engines.base import Engine, EngineFactory, ReportProgress, RunPlan
 from pytest_zimage.engines.protocol import Injection
 from pytest_zimage.engines.record import RunRecord
@@ -61,6 +62,7 @@ class ZImageSession:
         self.notes: tuple[str, ...] = ()
         """What to know of this machine beside every verdict; found when the session ends."""
         self.closing_error: ZImageError | None = None
+        self.ending = Ending()
         self.wants_images = False
         """Whether a test of this session judges images: then each variant's first run draws them too."""
 

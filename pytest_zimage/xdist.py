@@ -48,7 +48,7 @@ class XdistHooks:
     def pytest_configure_node(self, node: WorkerController) -> None:
         from pytest_zimage.session import shared_folder
 
-        host = _host(node)
+        host = host_of(node)
         taken = self._slots.setdefault(host, {})
         slot = next(number for number in range(len(taken) + 1) if number not in taken.values())
         taken[node.gateway.id] = slot
@@ -56,7 +56,7 @@ class XdistHooks:
         apart = _is_apart(node)
         node.workerinput[_INPUT] = {
             "slot": slot,
-            "workers": sum(_host_of(spec) == host for spec in node.nodemanager.specs),
+            "workers": sum(_spec_host(spec) == host for spec in node.nodemanager.specs),
             "apart": apart,
             # A folder of this host means nothing on another one; its name does.
             "folder": folder.name if apart else str(folder),
@@ -70,7 +70,7 @@ class XdistHooks:
         return GroupScheduling(config, log)
 
     def pytest_testnodedown(self, node: WorkerController, error: object) -> None:
-        self._slots.get(_host(node), {}).pop(node.gateway.id, None)
+        self._slots.get(host_of(node), {}).pop(node.gateway.id, None)
         if node.gateway.id in self._down:  # told again of one that was interrupted
             return
         self._down.add(node.gateway.id)
@@ -90,7 +90,7 @@ class XdistHooks:
         from pytest_zimage.closing import merge_vanished
         from pytest_zimage.session import start
 
-        merge_vanished(start(self._config), node.gateway.id, _host(node), str(error or "without a word"))
+        merge_vanished(start(self._config), node.gateway.id, host_of(node), str(error or "without a word"))
 
     def pytest_runtest_logfinish(self) -> None:
         if is_worker(self._config):
@@ -113,18 +113,19 @@ class XdistHooks:
             print(f"ERROR: {self._usage_error}", file=sys.stderr)
 
 
-def _host(node: WorkerController) -> str:
-    return _host_of(node.gateway.spec)
+def host_of(node: WorkerController) -> str:
+    """The other machine that `node` runs on; empty for this one."""
+    return _spec_host(node.gateway.spec)
 
 
-def _host_of(spec: Any) -> str:
+def _spec_host(spec: Any) -> str:
     """Which machine execnet's `spec` means; empty for this one."""
     where = [getattr(spec, key, None) for key in ("ssh", "vagrant_ssh", "socket", "via", "installvia")]
     return " ".join(str(part) for part in where if part)
 
 
 def _is_apart(node: WorkerController) -> bool:
-    return bool(_host(node) or node.gateway.spec.chdir)
+    return bool(host_of(node) or node.gateway.spec.chdir)
 
 
 def keep_groups(items: list[pytest.Item]) -> None:

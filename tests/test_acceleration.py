@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
 from pytest_zimage.catalog import load_catalog
-from pytest_zimage.checkpoints.acceleration import compile_blocks, compiling, empty_compile_cache
+from pytest_zimage.checkpoints.acceleration import compile_blocks, compiling
 from pytest_zimage.checkpoints.attention import FusedAttention
 from pytest_zimage.checkpoints.building import build_transformer
 from pytest_zimage.checkpoints.flops import transformer_flops
@@ -72,17 +72,8 @@ def test_a_graph_break_is_an_error_not_a_slower_image():
     assert "compile = false in [variants.bf16-compile]" in caught.value.mend
 
 
-def test_each_process_compiles_into_an_empty_folder(monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    folder = empty_compile_cache()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == folder.name
-    assert os.listdir(folder.name) == []
-    folder.cleanup()
-    assert not os.path.exists(folder.name)
-
-
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
-def test_a_compiled_block_computes_the_same():
+def test_a_compiled_block_computes_the_same(monkeypatch, tmp_path):
     transformer = built().to(torch.float32).to_empty(device="cpu")
     torch.manual_seed(0)
     with torch.no_grad():
@@ -92,13 +83,13 @@ def test_a_compiled_block_computes_the_same():
     transformer.t_embedder.dtype = torch.float32
     latents, caption = [torch.randn(16, 1, 8, 8)], [torch.randn(20, TINY.text_encoder["hidden_size"])]
     inputs = (latents, torch.tensor([0.5]), caption)
-    folder = empty_compile_cache()
+    # As `compile_cache` has a worker do it.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with torch.inference_mode(), compiling("bf16-compile"):
         expected = transformer(*inputs, return_dict=False)[0][0]
         compile_blocks(transformer)
         found = transformer(*inputs, return_dict=False)[0][0]
-    assert os.listdir(folder.name), "nothing was compiled"
-    folder.cleanup()
+    assert os.listdir(tmp_path), "nothing was compiled"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -121,6 +121,20 @@ def test_saved_png_is_the_image_that_was_hashed(engine, tmp_path) -> None:
         assert hashlib.sha256(image.tobytes()).hexdigest() == drawn.rounds[0].pixels_sha256
 
 
+def test_an_image_that_is_not_written_to_its_end_replaces_none(engine, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(b"of an earlier session")
+
+    def killed(image, target, **how) -> None:
+        Path(target).write_bytes(b"half of")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        engine().draw(Draw(1, save=str(path)), silent)
+    assert path.read_bytes() == b"of an earlier session"
+
+
 def test_pixels_are_those_of_diffusers_own_image_processor(engine) -> None:
     loaded = engine()._loaded
     decoded = torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(3)).bfloat16()

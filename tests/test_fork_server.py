@@ -6,6 +6,7 @@ imports do to a server is asked of a real one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from msgspec import structs
 
 from pytest_zimage.catalog import load_catalog
 from pytest_zimage.catalog.model import FitnessLimits
@@ -25,11 +27,11 @@ from pytest_zimage.engines.fit import FitPlan
 from pytest_zimage.engines.forking import ForkedProcess, ForkServer
 from pytest_zimage.engines.local import LocalEngine
 from pytest_zimage.engines.protocol import Injection
-from pytest_zimage.errors import CheckpointError, EngineError
+from pytest_zimage.errors import CheckpointError, EngineError, ZImageError
 
 # Stands where torch would be, the first package that the server imports.
 PACKAGES = """
-import json, os, signal, sys, types
+import json, os, signal, subprocess, sys, types
 from pathlib import Path
 from pytest_zimage.engines import worker
 from pytest_zimage.engines.pipes import die_with_parent
@@ -66,6 +68,8 @@ while True:
         case "speak":
             print("one word", file=sys.stderr, flush=True)
             say("spoken")
+        case "start":
+            say(subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]).pid)
         case "crash":
             raise RuntimeError("no such kernel")
         case int(status):
@@ -334,6 +338,55 @@ def test_the_next_run_starts_a_new_server(packages, tmp_path) -> None:
 
 
 # ---- nothing is left -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [0, "crash", signal.SIGKILL])
+def test_what_a_worker_had_started_goes_with_it(fork, end) -> None:
+    """A process of the compiler that lived on would make the folder again that is removed behind its worker."""
+    worker = fork()
+    started = psutil.Process(worker.ask("start"))
+    if end == signal.SIGKILL:
+        os.kill(worker.process.pid, end)
+    else:
+        worker.tell(end)
+    worker.process.wait(30)
+    assert gone(started)
+
+
+@pytest.mark.parametrize("end", ["failure", "kill"])
+def test_a_run_compiles_into_an_empty_folder_that_goes_with_it(packages, tmp_path, monkeypatch, end) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    # Importing torch's compiler sets it.
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    packages(
+        f"""
+        from pytest_zimage.engines.protocol import Failure, Hello, encode
+        os.write(1, encode(Hello(pid=1, import_s=imported_s, rss_idle_bytes=1, environment={{}})))
+        sys.stdin.buffer.readline()
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        held = list(folder.iterdir())
+        (folder / "kernel.so").write_text("")
+        if {end!r} == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.write(1, encode(Failure("CheckpointError", f"{{folder.parent}} {{held}}", "mend it")))
+        sys.stdin.buffer.readline()
+        """
+    )
+    made = plan(tmp_path)
+    compiled = dataclasses.replace(made, variant=structs.replace(made.variant, compile=True))
+    engine = LocalEngine()
+    try:
+        with pytest.raises(ZImageError) as caught:
+            engine.run(compiled, silent)
+        assert ("was killed by SIGKILL during load" if end == "kill" else f"{temporary} []") in caught.value.message
+        assert list(temporary.iterdir()) == []
+        with pytest.raises(ZImageError):
+            engine.run(made, silent)
+    finally:
+        engine.close()
+    assert "KeyError: 'TORCHINDUCTOR_CACHE_DIR'" in made.log.read_text(), "who compiles nothing is left alone"
 
 
 def test_closing_ends_the_server_and_what_still_runs(fork, server) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from fnmatch import fnmatch
+
 import pytest
+from msgspec import structs
+
+from pytest_zimage.checkpoints.synthetic.manifest import read_manifest, write_manifest
 
 
 def test_the_default_is_the_users_cache_folder(script, tiny, monkeypatch):
@@ -15,6 +21,20 @@ def test_the_default_is_the_users_cache_folder(script, tiny, monkeypatch):
     script(default=[{"rounds": [1.0]}])
     assert script.run("nvfp4").ret == 0
     assert (caches / "pytest-zimage" / "locks" / "cpu.lock").exists()
+
+
+def test_a_set_that_another_writer_wrote_is_replaced_and_the_session_says_so(script, tiny, results):
+    """Two checkouts that share a cache would otherwise write it in turns without a word."""
+    cache = script.project.path / "shared"
+    shutil.copytree(tiny, cache / "synthetic-tiny")
+    record = read_manifest(tiny)
+    write_manifest(cache / "synthetic-tiny", structs.replace(record, writer="of another checkout"), [])
+    script(default=[{"rounds": [1.0]}])
+    told = "synthetic-tiny: written anew: the writer changed; if another checkout uses *, give each its own *"
+    script.run("nvfp4", f"--zimage-cache={cache}").stdout.fnmatch_lines([f"NOTE: {told}"])
+    assert any(fnmatch(note, told) for note in results()["notes"])
+    assert read_manifest(cache / "synthetic-tiny").writer == record.writer
+    script.run("nvfp4", f"--zimage-cache={cache}").stdout.no_fnmatch_line("NOTE: *written anew*")
 
 
 def test_a_cache_that_cannot_be_made(script, results):

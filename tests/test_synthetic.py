@@ -451,6 +451,7 @@ def test_changed_writer_replaces_the_whole_set(copy, dims, written, monkeypatch)
     manifest.write_manifest(copy, manifest.Manifest(record.name, record.dims, "of before", record.files), [])
     (note,) = ensure_model_set(NAME, dims, copy, ["ae.safetensors"])
     assert "the writer changed" in note
+    assert f"if another checkout uses {copy.parent}, give each its own by --zimage-cache" in note
     assert not (copy / BF16).exists(), "what another writer wrote does not stay"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,16 +44,6 @@ def compile_blocks(transformer: Any) -> None:
     for module in transformer.modules():
         if type(module).__name__ in ("FusedBlock", "ZImageTransformerBlock"):
             module.compile(fullgraph=True, dynamic=False)
-
-
-def empty_compile_cache() -> tempfile.TemporaryDirectory[str]:
-    """Have torch's compiler keep its files in a folder that is empty now and goes with this process.
-
-    What an earlier run has compiled would make this run's cold load another quantity.
-    """
-    folder = tempfile.TemporaryDirectory(prefix="zimage-compile-", ignore_cleanup_errors=True)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
-    return folder
 
 
 @contextmanager

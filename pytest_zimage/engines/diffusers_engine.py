@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from msgspec import structs
 from PIL import Image
 
-from pytest_zimage.checkpoints.acceleration import empty_compile_cache
 from pytest_zimage.checkpoints.loader import load_pipeline
 from pytest_zimage.engines import faults
 from pytest_zimage.engines.clock import hold
@@ -41,7 +39,6 @@ class DiffusersEngine:
     def __init__(self) -> None:
         self._loaded: LoadedVariant | None = None
         self._ballast: list[torch.Tensor] = []
-        self._compiled: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def pipeline(self) -> Any:
@@ -55,7 +52,6 @@ class DiffusersEngine:
         """
         device = _device(request.device)
         self._ballast = _ballast(request.inject.memory_bytes, device)
-        self._compiled = empty_compile_cache() if request.variant.compile else None
         files = {role: Path(path) for role, path in request.files.items()}
         loaded = load_pipeline(
             request.variant, request.dims, files, Path(request.tokenizer), build_scheduler(request.workload), device
@@ -75,11 +71,6 @@ class DiffusersEngine:
             notes=loaded.notes,
             flops_per_image=self._loaded.flops_per_image(),
         )
-
-    def close(self) -> None:
-        """Leave nothing behind outside this process."""
-        if self._compiled is not None:
-            self._compiled.cleanup()
 
     def draw(self, request: Draw, progress: Report) -> Drawn:
         """Draw `request.rounds` images; `progress` is called between them only.
@@ -130,8 +121,11 @@ class DiffusersEngine:
 
 
 def _save(pixels: torch.Tensor, path: str) -> None:
+    # Beside it first: a later session takes an image at its word, and this process may be killed while it writes.
+    partial = Path(f"{path}.partial")
     # The lightest compression: a tenth larger than the default's files, in a seventh of its time.
-    Image.fromarray(pixels.numpy()).save(path, format="PNG", compress_level=1)
+    Image.fromarray(pixels.numpy()).save(partial, format="PNG", compress_level=1)
+    partial.replace(path)
 
 
 def _device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, TypeVar
 
 from msgspec import json
@@ -23,6 +24,7 @@ from pytest_zimage.errors import EngineError
 
 _POLL_S = 0.02
 _TICK_S = 0.5
+_NO_ENVIRONMENT: Mapping[str, str] = MappingProxyType({})
 
 Answer = TypeVar("Answer", Imported, Forked, Status)
 
@@ -76,9 +78,9 @@ class ForkServer:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def worker(self, device: str) -> ForkedStart:
-        """How a worker for `device` is started."""
-        return ForkedStart(self, device)
+    def worker(self, device: str, environment: Mapping[str, str] = _NO_ENVIRONMENT) -> ForkedStart:
+        """How a worker for `device` is started; `environment` is what its own has beside the usual one."""
+        return ForkedStart(self, device, environment)
 
     def fork(self, device: str, environment: Mapping[str, str], streams: tuple[int, int, int]) -> int:
         """The process number of a new worker. Raises `EngineError` if the server is not there any more."""
@@ -130,14 +132,15 @@ class ForkServer:
 class ForkedStart:
     """Starts one worker by forking the server."""
 
-    def __init__(self, server: ForkServer, device: str) -> None:
-        self._server, self._device = server, device
+    def __init__(self, server: ForkServer, device: str, environment: Mapping[str, str]) -> None:
+        self._server, self._device, self._environment = server, device, environment
 
     def __call__(self, stderr: IO[bytes], environment: Mapping[str, str]) -> ForkedProcess:
         input_read, input_write = os.pipe()
         output_read, output_write = os.pipe()
         try:
-            pid = self._server.fork(self._device, environment, (input_read, output_write, stderr.fileno()))
+            own = {**environment, **self._environment}
+            pid = self._server.fork(self._device, own, (input_read, output_write, stderr.fileno()))
         except BaseException:
             os.close(input_write)
             os.close(output_read)

@@ -8,9 +8,11 @@ comfy-kitchen is left to the worker, since it asks for the GPU's capability when
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -118,8 +120,17 @@ def _leave(status: int) -> NoReturn:
 
 
 def _status(request: Wait) -> int | None:
-    pid, status = os.waitpid(request.pid, 0 if request.block else os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if pid else None
+    """What became of a worker. With one that has ended goes what it started, such as the processes of a compiler.
+
+    They would go on for a moment, and write where the next run expects nothing. Before its status is taken, the
+    worker's number cannot be another's.
+    """
+    if os.waitid(os.P_PID, request.pid, os.WEXITED | os.WNOWAIT | (0 if request.block else os.WNOHANG)) is None:
+        return None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(request.pid, signal.SIGKILL)
+    _, status = os.waitpid(request.pid, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def _send(control: socket.socket, answer: Struct) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import TypeVar
 
 from pytest_zimage.checkpoints.folders import weight_files
 from pytest_zimage.engines.base import Engine, ReportProgress, RunPlan
 from pytest_zimage.engines.client import WorkerClient
+from pytest_zimage.engines.compile_cache import compile_cache
 from pytest_zimage.engines.fit import guarding
 from pytest_zimage.engines.forking import ForkServer
 from pytest_zimage.engines.protocol import (
@@ -129,13 +131,18 @@ class LocalEngine(Engine):
             worker.close()
         return images
 
-    def _worker(self, plan: RunPlan, progress: ReportProgress) -> WorkerClient:
+    @contextmanager
+    def _worker(self, plan: RunPlan, progress: ReportProgress) -> Iterator[WorkerClient]:
         what = f"worker of {plan.variant.name}, run {plan.index + 1}"
         if self._server is None or not self._server.alive:
             self._server = ForkServer(plan.log.with_name(f"forkserver-{os.getpid()}.log"))
         self._server.ready(plan.timeout_s, progress)
-        start = self._server.worker(plan.device)
-        return WorkerClient(what, plan.log, start, timeout_s=plan.timeout_s, progress=progress, gpu=plan.gpu)
+        with compile_cache(plan.variant.compile) as environment:
+            start = self._server.worker(plan.device, environment)
+            with WorkerClient(
+                what, plan.log, start, timeout_s=plan.timeout_s, progress=progress, gpu=plan.gpu
+            ) as worker:
+                yield worker
 
     def close(self) -> None:
         if self._server is not None:

@@ -75,7 +75,6 @@ def main(arguments: list[str], imported_s: float = 0.0) -> int:
         for line in sys.stdin.buffer:
             request = decode_request(line)
             if isinstance(request, Close):
-                engine.close()
                 say(Closed())
                 return 0
             say(_answer(engine, sampler, aside, device, request, say))

@@ -81,7 +81,11 @@ def _unsound(name: str, dims: ModelDims, root: Path, paths: list[str]) -> tuple[
     if (manifest.name, manifest.dims) != (name, dims):
         return paths, [f"{name}: written anew: {root} held {manifest.name} of other dimensions"]
     if manifest.writer != writer_hash(dims):
-        return paths, [f"{name}: written anew: the writer changed"]
+        # One set a cache, since the full one has 37 GB. Where two writers share it each undoes the other's work.
+        return paths, [
+            f"{name}: written anew: the writer changed; if another checkout uses {root.parent}, give each its own by"
+            " --zimage-cache"
+        ]
     folders = {f"{PurePosixPath(path).parent}/" for path in paths if name_of(path).endswith("/")}
     paths = [*paths, *(path for path in manifest.files if path not in paths and path.startswith(tuple(folders)))]
     damaged = damaged_files(root, manifest, paths)
