@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 .PHONY: suites test baselines portable-baselines bench lint env clean
 
 suites: $(STAMP)
-	$(BIN)/python -m pytest suites $(PYTEST_ARGS)
+	$(BIN)/python -m pytest suites --benchmark-columns=min,median,max,rounds $(PYTEST_ARGS)
 
 # OpenMP threads that spin while they wait stall each other on a busy machine.
 test: $(STAMP) lint
@@ -23,9 +23,11 @@ portable-baselines: $(STAMP)
 	    --zimage-config "*,!@sage" \
 	    --update-baselines --update-reason "$(REASON)" $(PYTEST_ARGS)
 
-# Records this machine's timings and memory (five runs a variant), so that later runs are judged against them.
+# Records this machine's timings and memory (five runs a variant), so that later runs are judged against them. What is
+# recorded already stays, here and in git; to record anew, delete .zimage/baselines first.
 baselines: $(STAMP)
-	$(BIN)/python -m pytest suites --update-baselines --update-reason "recorded on this machine by make baselines" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest suites --benchmark-disable --update-baselines --update-mode new \
+	    --update-reason "recorded on this machine by make baselines" $(PYTEST_ARGS)
 
 # What any machine can show in a few minutes. Not here: cold_read.py (of a file on the disk and a GPU of yours), pure_share.py
 # (of the results of a session at full size) and quality_repeat.py (ten sessions, one after another).

@@ -154,8 +154,8 @@ def _rough_time(session: ZImageSession, variant: Variant) -> str:
     for name in ("cold_load", "warm_latency"):
         try:
             found = session.store.find(session.key(variant), name)
-        except BaselineError:
-            return "unknown: its baseline cannot be read"
+        except BaselineError as error:
+            return f"unknown: {error.message}"
         if isinstance(found, Absent):
             reference = session.store.published_reference(session.key(variant), name)
             if reference is None:

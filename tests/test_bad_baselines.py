@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -95,6 +96,14 @@ def test_a_metric_missing_among_others_is_a_gap(recorded):
     done = recorded.run("bf16")
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     done.stdout.fnmatch_lines(["*bf16.json: has no metric 'cold_load'; it has warm_latency", "  mend: record it: *"])
+
+
+def test_a_gap_is_recorded_by_the_options_that_it_tells(recorded):
+    (recorded.project.path / PATH).unlink()
+    told = next(line for line in recorded.run("bf16,nvfp4").outlines if "mend: record it: " in line)
+    config, variant, *options = shlex.split(told.partition("record it: ")[2])
+    assert (config, recorded.run(variant, *options).ret) == ("--zimage-config", 0)
+    recorded.run("bf16,nvfp4").assert_outcomes(passed=2)
 
 
 def test_the_mend_that_is_told_mends_it(recorded):

@@ -52,6 +52,18 @@ def test_regression_says_what_was_expected_seen_how_sure_and_why():
     assert "bios: (not recorded)" not in text
 
 
+def test_few_of_many_keys_that_were_not_recorded_are_named():
+    unknown = dict.fromkeys("fedcba", ("(not recorded)", "1"))
+    text = delta_text(but(SLOWER, environment_changed=unknown))
+    assert "  environment not recorded with the baseline: a, b, c, d and 2 more\n" in text
+
+
+def test_a_number_and_its_percent_sign_stay_on_one_line():
+    drifted = delta_text(but(SLOWER, scale="absolute"))
+    assert "(99.9 %)" in drifted
+    assert "\N{NO-BREAK SPACE}" not in drifted
+
+
 def test_phases_that_moved_most_come_first_with_their_share():
     lines = delta_text(SLOWER).splitlines()
     at = next(index for index, line in enumerate(lines) if line.startswith("  phases"))

@@ -91,6 +91,13 @@ def test_the_rough_time_is_that_of_the_recorded_runs(script):
     result.stdout.fnmatch_lines(["*rough time    14.0 s a run and the start of a process (recorded here)"])
 
 
+def test_the_rough_time_of_a_variant_that_lacks_among_others_is_unknown_for_that_reason(script):
+    script.project.makepyfile(test_suite=SUITE)
+    script.record("nvfp4", script.QUIET)
+    result = script.run("bf16", "--zimage-list")
+    result.stdout.fnmatch_lines(["*rough time    unknown: *bf16.json: is missing, though the folder holds *"])
+
+
 def test_official_files_are_found_and_what_lacks_says_where_it_was_looked_for(pytester, official):
     (official / "models/diffusion_models/z_image_turbo_nvfp4.safetensors").unlink()
     truncated = official / "models/text_encoders/qwen_3_4b_fp8_mixed.safetensors"

@@ -16,7 +16,7 @@ from pytest_zimage.verdict.paired_published import judge_printed
 from pytest_zimage.verdict.words import word
 
 CATALOG = load_catalog()
-CLIP, LPIPS, PSNR = (CATALOG.metrics[name] for name in ("clip_score", "lpips", "psnr"))
+CLIP, LPIPS, PSNR, DRIFT = (CATALOG.metrics[name] for name in ("clip_score", "lpips", "psnr", "lpips_recorded"))
 SET = CATALOG.prompt_set("quality-6x3")
 PAIRS = [pair_name(prompt.name, seed) for prompt, seed in SET.pairs()]
 RULE = PairRule.of(CLIP)
@@ -91,6 +91,21 @@ def test_lpips_is_the_same_rule_the_other_way_round():
     broken = {**base, "abstract/42": 0.28}
     assert judge_paired(broken, base, PAIRS, rule).outcome == "regression"
     assert judge_paired({**base, "abstract/42": 0.05}, base, PAIRS, rule).outcome == "pass"
+
+
+@pytest.mark.parametrize(
+    ("mean", "sd", "outcome"),
+    [
+        (0.0572, 0.0070, "pass"),  # bf16 on another make of CPU
+        (0.0591, 0.0110, "pass"),  # nvfp4-mixed there, the furthest of all
+        (0.0830, 0.0121, "regression"),  # bf16 drawn as fp8-cast
+        (0.1317, 0.0094, "regression"),  # another sampler
+    ],
+)
+def test_drift_is_more_than_another_cpu_and_less_than_another_variant(mean, sd, outcome):
+    """Means and deviations as they were measured between previews of the tiny model's images."""
+    nothing = dict.fromkeys(PAIRS, 0.0)
+    assert judge_paired(scores(mean, sd=sd), nothing, PAIRS, PairRule.of(DRIFT)).outcome == outcome
 
 
 def test_one_broken_image_is_named_whatever_the_mean():

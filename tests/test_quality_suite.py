@@ -166,7 +166,7 @@ def test_another_sampler_on_both_sides_is_noticed(project):
     shown = project.run("--zimage-config=bf16,nvfp4", "--zimage-catalog=small.toml,euler.toml", status=1)
     drifted = [row for row in project.results["verdicts"] if row["metric"] == "lpips_recorded"]
     assert [row["verdict"] for row in drifted] == ["DRIFTED", "DRIFTED"]
-    assert all(row["value"] > 0.05 for row in drifted)
+    assert all(row["value"] > 0.07 for row in drifted)
     assert "0 of 6 images bit-identical to baseline" in shown
     assert re.search(r"chinese/42: recorded \S+chinese-42-\w+\.webp, now \S+chinese-42\.png", shown)
 

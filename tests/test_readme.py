@@ -1,4 +1,4 @@
-"""What README.md tells people to write and to type is what the project understands."""
+"""What README.md and docs/ tell people to write and to type is what the project understands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from pytest_zimage.options import readers
 from pytest_zimage.options.table import OPTIONS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 TABLES = re.findall(r"^```toml\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 SHIPPED = load_catalog()
 
@@ -58,19 +60,34 @@ def test_it_names_every_lane_and_none_besides():
 
 
 def test_the_options_that_it_names_are_there():
-    named = set(re.findall(r"--(?:zimage|update)-[a-z-]*[a-z]", README)) - {"--zimage-list"}
+    named = set(re.findall(r"--(?:zimage|update)-[a-z-]*[a-z]", TEXT)) - {"--zimage-list"}
     assert len(named) > 5
     assert named <= {option.option for option in OPTIONS}
 
 
 @pytest.mark.parametrize(
-    "text", sorted(set(re.findall(r"(?:warm_latency|cold_load|memory|quality|dispatch|fitness)=[^\s`,]+", README)))
+    "text", sorted(set(re.findall(r"(?:warm_latency|cold_load|memory|quality|dispatch|fitness)=[^\s`,]+", TEXT)))
 )
 def test_the_faults_that_it_names_can_be_injected(text):
     assert readers.injection("--zimage-inject", text, ROOT)
 
 
 def test_the_files_that_it_names_are_there():
-    named = set(re.findall(r"\b(?:benchmarks|tests|suites|docs|baselines)/[\w./-]+\.\w+", README))
+    named = set(re.findall(r"\b(?:benchmarks|tests|suites|docs|baselines|tools)/[\w./-]+\.\w+", TEXT))
     assert len(named) > 10
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_its_links_lead_somewhere(page):
+    links = set(re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")))
+    assert [link for link in sorted(links) if not (page.parent / link).exists()] == []
+
+
+def test_every_page_is_reached_from_the_readme():
+    assert [page.name for page in PAGES[1:] if f"](docs/{page.name})" not in README] == []
+
+
+def test_its_table_of_variants_is_what_runs_when_nothing_is_asked_for():
+    told = re.findall(r"^\| `([\w-]+)` \|.* s \|$", README, re.MULTILINE)
+    assert set(told) == {variant.name for variant in SHIPPED.variants.values() if variant.default}

@@ -67,6 +67,14 @@ def test_a_reason_is_required(suite, reason):
     assert (suite.ran, suite.baselines) == ([], {})
 
 
+@pytest.mark.parametrize("option", ["--update-reason=because", "--update-mode=new"])
+def test_what_records_nothing_by_itself_is_a_usage_error(suite, option):
+    done = suite.run("nvfp4", option)
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines([f"ERROR: {option.partition('=')[0]} records nothing by itself: add --update-baselines*"])
+    assert suite.ran == []
+
+
 def test_an_unknown_mode_is_a_usage_error(suite):
     done = suite.run("nvfp4", *UPDATE, "--update-mode=append")
     assert done.ret == pytest.ExitCode.USAGE_ERROR

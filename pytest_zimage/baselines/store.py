@@ -18,6 +18,7 @@ from pytest_zimage.baselines.writing import locked, to_bytes, write_atomically
 from pytest_zimage.catalog import Catalog
 from pytest_zimage.errors import BaselineError
 
+_RECORD = '--zimage-config {} --update-baselines --update-mode new --update-reason "first of this variant"'
 MACHINE = "machine"
 """Key of `Baseline.environment` that holds the fingerprint of the machine, in the machine layer."""
 
@@ -94,7 +95,7 @@ class BaselineStore:
                 return Absent(reason=f"the published table has no {key.variant} ({path.parent})")
             raise BaselineError(
                 f"{path}: is missing, though the folder holds baselines of other variants",
-                mend=f"record it: --zimage-config {key.variant} --update-baselines --update-mode new",
+                mend=f"record it: {_RECORD.format(key.variant)}",
             )
         baseline = read_baseline(path, stored_key, self._catalog.metrics)
         if layer == "machine" and not self.is_ours(baseline):
@@ -107,7 +108,7 @@ class BaselineStore:
                 return Absent(reason=f"{path} has no {metric}, which is judged only where it was recorded")
             raise BaselineError(
                 f"{path}: has no metric {metric!r}; it has {', '.join(sorted(baseline.metrics))}",
-                mend=f"record it: --zimage-config {key.variant} --update-baselines --update-mode new",
+                mend=f"record it: {_RECORD.format(key.variant)}",
             )
         return Found(metric=baseline.metrics[metric], baseline=baseline, path=path, layer=layer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import fmean
 
 from pytest_zimage.baselines.compare import require_same_weights
@@ -164,15 +165,24 @@ def _causes(session: ZImageSession, variant: Variant, found: Found | Absent) -> 
 
 
 def _side_by_side(session: ZImageSession, variant: Variant, found: Found | Absent) -> list[str]:
-    """Where to look: the recorded preview and the new image of the first pairs that differ."""
+    """Where to look, from the root folder: the recorded preview and the new image of the first pairs that differ."""
     if isinstance(found, Absent) or found.baseline.images is None:
         return []
     identity = identity_to(session.desk.evidence(variant), found.baseline)
-    new = {f"{image.prompt}/{image.seed}": image.path for image in session.desk.gallery.images(variant)}
+    new = {f"{image.prompt}/{image.seed}": Path(image.path) for image in session.desk.gallery.images(variant)}
     previews = found.baseline.images.previews
     folder = previews_folder(found.path)
     differ = identity.differ if identity else ()
-    return [f"{pair}: recorded {folder / previews[pair]}, now {new[pair]}" for pair in differ[:3] if pair in previews]
+
+    def shown(path: Path) -> Path:
+        root = session.settings.rootdir
+        return path.relative_to(root) if path.is_relative_to(root) else path
+
+    return [
+        f"{pair}: recorded {shown(folder / previews[pair])}, now {shown(new[pair])}"
+        for pair in differ[:3]
+        if pair in previews
+    ]
 
 
 def _more(problems: tuple[str, ...]) -> tuple[str, ...]:

@@ -138,6 +138,10 @@ def read_settings(config: pytest.Config) -> Settings:
     refuse_others(config, drawing)
     if values["update_baselines"] and not values["update_reason"]:
         raise pytest.UsageError('--update-baselines needs --update-reason "why the numbers may change"')
+    for needless in ("update_reason", "update_mode"):
+        if not values["update_baselines"] and config.getoption(needless, None) is not None:
+            option = f"--{needless.replace('_', '-')}"
+            raise pytest.UsageError(f"{option} records nothing by itself: add --update-baselines, or leave it out")
     if values["update_baselines"] and values["zimage_inject"]:
         raise pytest.UsageError(
             "--update-baselines refuses --zimage-inject: an injected fault must never become a baseline"

@@ -18,6 +18,7 @@ from pytest_zimage.verdict.model import Verdict
 _RECORDED = "(not recorded)"
 _MOST_RUNS_SHOWN = 8
 _EXPLANATION_WIDTH = 100
+_MOST_KEYS_NAMED = 4
 
 
 def headline(verdict: Verdict, title: str = "") -> str:
@@ -92,8 +93,10 @@ def _explained(verdict: Verdict) -> list[str]:
         "error": "There is no verdict on a number, because something is wrong with what was measured.",
     }.get(verdict.outcome, "")
     marked = ["A fault was injected on purpose; this can never become a baseline."] if verdict.injected else []
-    lines = [line for part in (text, *marked) for line in textwrap.wrap(part, _EXPLANATION_WIDTH)]
-    return [f"  {line}" for line in lines]
+    # A number and its percent sign stay on one line: to textwrap a no-break space is no space.
+    whole = [part.replace(" %", "\N{NO-BREAK SPACE}%") for part in (text, *marked)]
+    lines = [line for part in whole for line in textwrap.wrap(part, _EXPLANATION_WIDTH)]
+    return [f"  {line}".replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
 def _missing_sensitivity(verdict: Verdict) -> str:
@@ -170,10 +173,11 @@ def _environment(verdict: Verdict) -> list[str]:
     if verdict.baseline is None or verdict.claim:
         return []
     changed = verdict.environment_changed
-    unknown = [key for key, (old, _) in changed.items() if old == _RECORDED]
+    unknown = sorted(key for key, (old, _) in changed.items() if old == _RECORDED)
     lines = [f"{key}: {old} -> {new}" for key, (old, new) in sorted(changed.items()) if key not in unknown]
     if unknown:
-        lines.append(f"not recorded with the baseline: {', '.join(sorted(unknown))}")
+        more = f" and {len(unknown) - _MOST_KEYS_NAMED} more" if len(unknown) > _MOST_KEYS_NAMED else ""
+        lines.append(f"not recorded with the baseline: {', '.join(unknown[:_MOST_KEYS_NAMED])}{more}")
     return lines or ["no difference from what the baseline recorded"]
 
 
