@@ -41,9 +41,7 @@ def test_a_file_just_written_is_resident(tmp_path):
     assert not state.emptied
 
 
-@pytest.mark.parametrize("window_pages", [PAGES * 2, PAGES, PAGES // 4], ids=["one window", "to its end", "several"])
-def test_empty_drops_the_pages_or_says_that_it_could_not(tmp_path, monkeypatch, window_pages):
-    monkeypatch.setattr(pagecache, "_WINDOW_BYTES", window_pages * mmap.PAGESIZE)
+def test_empty_drops_the_pages_or_says_that_it_could_not(tmp_path):
     path = written(tmp_path / "a")
     state = pagecache.empty([path])
     if in_memory(path):
