@@ -74,6 +74,16 @@ def test_without_knowing_both_sides_they_are_compared_as_they_are(change):
     assert judged(samples(0.95, "b"), [structs.replace(run, **change) for run in runs(1.0, "a")]).speed is None
 
 
+def test_one_reading_of_the_canary_is_no_difference_between_runs():
+    """Two readings on one GPU 2.5 % apart, images equal: corrected one by one they would be 2.5 % apart."""
+    read = [CanaryFigures(matmul_tflops=tflops) for tflops in (780.0, 800.0)]
+    fresh = [structs.replace(sample, canary=canary) for sample, canary in zip(samples(1.0, "b"), read, strict=False)]
+    fresh = [structs.replace(sample, rounds=(1.0,)) for sample in fresh]
+    level = at_equal_speed(fresh, runs(1.0, "a"))
+    assert level is not None
+    assert level[0] == level[1] == (pytest.approx((780 * 800) ** 0.5 / 800),)
+
+
 def test_rounds_of_one_gpu_are_left_alone():
     assert at_equal_speed(runs(1.0, "a")) is None
     level = at_equal_speed(runs(1.0, "a") + runs(0.5, "b"))

@@ -1,8 +1,9 @@
 """Timed rounds of several GPUs of one kind, as if all had multiplied equally fast.
 
-GPUs of one kind differ: five H200 at their power limit drew the same image in 0.884 to 0.922 s, and multiplied a large
-matrix at 803 to 775 TFLOP/s. Time and canary go together to 0.3 %, so between GPUs a change is judged at equal canary;
-what one GPU loses over time is judged as it is.
+GPUs of one kind differ: H200s at their power limit drew the same image in 0.884 to 0.922 s, and multiplied a large
+matrix at 803 to 775 TFLOP/s. Time and canary go together, so between GPUs a change is judged at equal canary; what one
+GPU loses over time is judged as it is. A single reading of a canary scatters by 0.4 %, images less, so a GPU's speed is
+the mean of its runs.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Timed(Protocol):
 
 
 def at_equal_speed(runs: Sequence[Timed], like: Sequence[Timed] | None = None) -> list[Rounds] | None:
-    """The rounds of `runs` at the mean matmul canary of `like` (None: of themselves).
+    """The rounds of `runs`, each GPU's brought from its mean matmul canary to that of `like` (None: of themselves).
 
     None where all are of one GPU, and where one of them does not say its GPU or its canary: then they are compared as
     they are.
@@ -43,7 +44,8 @@ def at_equal_speed(runs: Sequence[Timed], like: Sequence[Timed] | None = None) -
     if not all(speeds):
         return None
     reference = _centre(like if like is not None else runs)
-    return [tuple(seconds * _speed(run) / reference for seconds in run.rounds) for run in runs]
+    own = {run.device: _centre([each for each in runs if each.device == run.device]) for run in runs}
+    return [tuple(seconds * own[run.device] / reference for seconds in run.rounds) for run in runs]
 
 
 def relative_speed(runs: Sequence[Timed], like: Sequence[Timed]) -> float:
