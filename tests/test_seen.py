@@ -255,7 +255,7 @@ def changed(**fields):
 
 BROKEN = [
     (lambda document: "{", "is no list of sightings: Input data was truncated"),
-    (lambda document: json.dumps(document).encode().replace(b"NVIDIA", b"\xff"), "is no list of sightings: 'utf-8'"),
+    (lambda document: json.dumps(document).encode().replace(b"NVIDIA", b"\xff"), "is no list of sightings: "),
     (lambda document: '{"x": ' + "[" * 100_000, "is no list of sightings: maximum recursion depth exceeded"),
     (lambda document: "[]", "is no list of sightings: Expected `object`, got `array`"),
     (lambda document: json.dumps({"schema": 1}), "is no list of sightings: Object missing required field `sightings`"),
