@@ -20,7 +20,7 @@ import pytest
 from msgspec import structs
 
 from pytest_zimage.catalog import load_catalog
-from pytest_zimage.catalog.model import FitnessLimits
+from pytest_zimage.catalog.device_class import FitnessLimits
 from pytest_zimage.engines.base import RunPlan
 from pytest_zimage.engines.client import WorkerClient
 from pytest_zimage.engines.fit import FitPlan

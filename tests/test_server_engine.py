@@ -22,7 +22,7 @@ from msgspec import structs
 from PIL import Image
 
 from pytest_zimage.catalog import load_catalog
-from pytest_zimage.catalog.model import FitnessLimits
+from pytest_zimage.catalog.device_class import FitnessLimits
 from pytest_zimage.engines.base import RunPlan
 from pytest_zimage.engines.fit import FitPlan
 from pytest_zimage.engines.protocol import DrawImages, ImageJob, Injection

@@ -11,7 +11,8 @@ from msgspec import structs
 from pytest_zimage.baselines.equal_speed import at_equal_speed, relative_speed
 from pytest_zimage.baselines.schema import BaseRun, MetricBaseline, Published
 from pytest_zimage.baselines.store import Found, Neighbours
-from pytest_zimage.catalog.model import DeviceClass, Metric
+from pytest_zimage.catalog.device_class import DeviceClass
+from pytest_zimage.catalog.model import Metric
 from pytest_zimage.errors import BaselineError, MeasurementError
 from pytest_zimage.probes.environment import other_weights
 from pytest_zimage.probes.fitness import CanaryFigures

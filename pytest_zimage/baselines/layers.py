@@ -7,7 +7,8 @@ from typing import Literal, assert_never
 from msgspec import structs
 
 from pytest_zimage.baselines.schema import Key
-from pytest_zimage.catalog.model import DeviceClass, Metric
+from pytest_zimage.catalog.device_class import DeviceClass
+from pytest_zimage.catalog.model import Metric
 
 Layer = Literal["portable", "device", "machine"]
 """`portable`: the same anywhere. `device`: one device class. `machine`: this very machine, outside the repository."""

@@ -2,12 +2,11 @@
 
 from pytest_zimage.catalog.catalog import Catalog
 from pytest_zimage.catalog.claims import Claim
+from pytest_zimage.catalog.device_class import DeviceClass, FitnessLimits
 from pytest_zimage.catalog.loader import load_catalog
 from pytest_zimage.catalog.model import (
     ROLE_FOLDERS,
     ROLES,
-    DeviceClass,
-    FitnessLimits,
     Metric,
     ModelDims,
     ModelFile,

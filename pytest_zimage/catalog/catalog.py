@@ -10,7 +10,8 @@ from typing import TypeVar
 from msgspec import Struct
 
 from pytest_zimage.catalog.claims import Claim
-from pytest_zimage.catalog.model import DeviceClass, Metric, ModelDims, ModelFile, PromptSet, Variant, Workload
+from pytest_zimage.catalog.device_class import DeviceClass
+from pytest_zimage.catalog.model import Metric, ModelDims, ModelFile, PromptSet, Variant, Workload
 from pytest_zimage.errors import CatalogError
 
 Row = TypeVar("Row", bound=Struct)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from pytest_zimage.catalog.catalog import Catalog, did_you_mean
-from pytest_zimage.catalog.model import DeviceClass, Metric, PromptSet, Variant, Workload
+from pytest_zimage.catalog.device_class import DeviceClass
+from pytest_zimage.catalog.model import Metric, PromptSet, Variant, Workload
 from pytest_zimage.errors import CatalogError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -18,7 +18,8 @@ from msgspec import Struct
 from pytest_zimage.catalog.catalog import Catalog, did_you_mean
 from pytest_zimage.catalog.checks import NAME, check_row, cross_check
 from pytest_zimage.catalog.claims import Claim
-from pytest_zimage.catalog.model import DeviceClass, Metric, ModelDims, ModelFile, PromptSet, Variant, Workload
+from pytest_zimage.catalog.device_class import DeviceClass
+from pytest_zimage.catalog.model import Metric, ModelDims, ModelFile, PromptSet, Variant, Workload
 from pytest_zimage.errors import CatalogError
 
 _SECTIONS: dict[str, type[Struct]] = {

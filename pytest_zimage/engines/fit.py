@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from msgspec import structs
 
-from pytest_zimage.catalog.model import FitnessLimits
+from pytest_zimage.catalog.device_class import FitnessLimits
 from pytest_zimage.engines.base import ReportProgress
 from pytest_zimage.engines.protocol import CanaryTimed
 from pytest_zimage.probes.fitness import Fitness, Reading, Recorded, reasons

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from msgspec import Struct
 
-from pytest_zimage.catalog.model import FitnessLimits
+from pytest_zimage.catalog.device_class import FitnessLimits
 
 
 class CanaryFigures(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

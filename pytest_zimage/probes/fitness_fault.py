@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import structs
 
-from pytest_zimage.catalog.model import FitnessLimits
+from pytest_zimage.catalog.device_class import FitnessLimits
 from pytest_zimage.probes.fitness import CanaryFigures, GpuProcess, Reading
 
 Moment = Literal["before", "after"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pytest_zimage.catalog.model import Throttle
+from pytest_zimage.catalog.device_class import Throttle
 from pytest_zimage.probes.nvml import Nvml
 
 _NOT_AVAILABLE = 2**64 - 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from pytest_zimage.catalog.model import DeviceClass, Metric
+from pytest_zimage.catalog.device_class import DeviceClass
+from pytest_zimage.catalog.model import Metric
 
 PRIOR_DOF = 8
 """nu0: how many degrees of freedom the prior run-to-run deviation counts for (moderated variance)."""

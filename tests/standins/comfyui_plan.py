@@ -8,7 +8,7 @@ from pathlib import Path
 from msgspec import structs
 
 from pytest_zimage.catalog import ROLE_FOLDERS, load_catalog
-from pytest_zimage.catalog.model import FitnessLimits
+from pytest_zimage.catalog.device_class import FitnessLimits
 from pytest_zimage.engines.base import RunPlan
 from pytest_zimage.engines.fit import FitPlan
 from pytest_zimage.engines.protocol import DrawImages, Injection
