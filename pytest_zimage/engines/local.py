@@ -60,14 +60,17 @@ class LocalEngine(Engine):
                 return _expect(kind, worker.ask(request, name))
 
         with guarding(plan.fit, plan.gpu, progress) as guard, ExitStack() as stack:
-            with stage("start"):
-                worker = stack.enter_context(self._worker(plan, progress))
-                hello = _expect(Hello, worker.receive("import"))
-            _check_device(plan, hello)
+            with stage("import"):
+                self._forks(plan, progress)
             with plan.reading(progress):
-                # After the packages are imported: that takes seconds in which something may read the files.
+                worker = stack.enter_context(self._worker(plan, progress))
+                # While the worker starts, which takes about as long and reads none of these files; the packages were
+                # imported before, which takes seconds in which somebody else may.
                 with stage("page cache"):
                     cache = pagecache.empty(files)
+                with stage("start"):
+                    hello = _expect(Hello, worker.receive("import"))
+                _check_device(plan, hello)
                 loaded = ask(Loaded, _load_request(plan), "load")
             first = ask(Drawn, Draw(rounds=1, first=True), "first image").rounds[0]
             # Untimed, and so the image that warms up what the first one left cold.
@@ -131,14 +134,18 @@ class LocalEngine(Engine):
             worker.close()
         return images
 
-    @contextmanager
-    def _worker(self, plan: RunPlan, progress: ReportProgress) -> Iterator[WorkerClient]:
-        what = f"worker of {plan.variant.name}, run {plan.index + 1}"
+    def _forks(self, plan: RunPlan, progress: ReportProgress) -> ForkServer:
+        """The fork server, its imports done."""
         if self._server is None or not self._server.alive:
             self._server = ForkServer(plan.log.with_name(f"forkserver-{os.getpid()}.log"))
         self._server.ready(plan.timeout_s, progress)
+        return self._server
+
+    @contextmanager
+    def _worker(self, plan: RunPlan, progress: ReportProgress) -> Iterator[WorkerClient]:
+        what = f"worker of {plan.variant.name}, run {plan.index + 1}"
         with compile_cache(plan.variant.compile) as environment:
-            start = self._server.worker(plan.device, environment)
+            start = self._forks(plan, progress).worker(plan.device, environment)
             with WorkerClient(
                 what, plan.log, start, timeout_s=plan.timeout_s, progress=progress, gpu=plan.gpu
             ) as worker:
