@@ -120,7 +120,7 @@ def summarise(reporter: pytest.TerminalReporter, ours: ZImageSession) -> None:
         reporter.section("zimage baselines")
         reporter.write_line(update_table(ours.updates, width=width))
         for folder in _written(ours):
-            reporter.write_line(f"written to {folder}")
+            reporter.write_line(f"written to {_shown(ours, folder)}")
     elif ours.verdicts:
         reporter.section("zimage verdicts")
         reporter.write_line(verdict_table(ours.verdicts, width=width, options=ours.repeated_options))
@@ -129,14 +129,20 @@ def summarise(reporter: pytest.TerminalReporter, ours: ZImageSession) -> None:
     if ours.closing_error is not None:
         reporter.write_line(f"ERROR: {ours.closing_error}", red=True)
     if ours.results_path is not None:
-        reporter.write_line(f"results: {ours.results_path}")
+        reporter.write_line(f"results: {_shown(ours, ours.results_path)}")
 
 
-def _written(ours: ZImageSession) -> list[str]:
+def _shown(ours: ZImageSession, path: Path) -> Path:
+    """As it can be typed where pytest was started; whole where it does not lie below that folder."""
+    here = ours.config.invocation_params.dir
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _written(ours: ZImageSession) -> list[Path]:
     """The folders in which baselines changed."""
     changed = [row for row in ours.updates if row.action in ("recorded", "extended")]
     paths = [ours.store.locate(ours.key(ours.catalog.variant(row.variant)), row.metric)[1] for row in changed]
-    return sorted({str(path.parent) for path in paths})
+    return sorted({path.parent for path in paths})
 
 
 def _part(ours: ZImageSession) -> Results:

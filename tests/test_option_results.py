@@ -38,7 +38,7 @@ def test_by_default_it_lies_in_the_work_folder(script):
     done = script.run("nvfp4")
     assert done.ret == 0
     data = read(newest(script))
-    done.stdout.fnmatch_lines([f"results: {newest(script)}"])
+    done.stdout.fnmatch_lines([f"results: {newest(script).relative_to(script.project.path)}"])
     assert set(data) >= {"schema", "environment", "verdicts", "errors"}
     assert data["schema"] == 1
 
@@ -48,9 +48,20 @@ def test_the_file_asked_for(script, file):
     script(default=[{"rounds": [1.0]}])
     done = script.run("nvfp4", f"--zimage-results={file}")
     assert done.ret == 0
-    done.stdout.fnmatch_lines([f"results: {script.project.path / file}"])
+    done.stdout.fnmatch_lines([f"results: {file}"])
     assert len(read(script.project.path / file)["verdicts"]) == 1
     assert not (script.project.path / ".zimage" / "results").exists()
+
+
+def test_where_it_lies_is_told_as_it_can_be_typed_where_pytest_was_started(script, monkeypatch):
+    script(default=[{"rounds": [1.0]}])
+    root = script.project.path
+    elsewhere = script.project.mkdir("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    script.run("nvfp4", str(root)).stdout.fnmatch_lines([f"results: {newest(script)}"])
+    below = script.run("nvfp4", str(root), "--zimage-results=out.json")
+    below.stdout.fnmatch_lines(["results: out.json"])
+    assert read(elsewhere / "out.json")["verdicts"]
 
 
 def test_a_file_from_an_earlier_session_is_replaced(script):
@@ -127,7 +138,7 @@ def test_a_place_that_cannot_be_written_is_told_and_nothing_is_lost(script):
         [
             f"ERROR: {script.project.path}/file/out.json: results cannot be written: *",
             "  mend: give a writable file to --zimage-results",
-            f"results: {newest(script)}",
+            f"results: {newest(script).relative_to(script.project.path)}",
         ]
     )
     assert len(read(newest(script))["verdicts"]) == 1

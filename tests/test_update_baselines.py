@@ -93,8 +93,8 @@ def test_the_first_recording(suite):
             "  nvfp4    warm_latency *-    1.00 s  first",
             "  nvfp4    weight_bytes *-    1000 B  first",
             "3 recorded",
-            f"written to {suite.project.path}/.zimage/baselines/cpu/{KEY}",
-            f"written to {suite.project.path}/baselines/portable/{KEY}",
+            f"written to .zimage/baselines/cpu/{KEY}",
+            f"written to baselines/portable/{KEY}",
         ],
         consecutive=False,
     )
