@@ -10,7 +10,7 @@ from verdicts import SLOWER as LATENCY
 from verdicts import but
 
 from pytest_zimage.baselines.update import UpdateResult
-from pytest_zimage.reports.table import update_table, verdict_table
+from pytest_zimage.reports.table import counts_line, update_table, verdict_table
 from pytest_zimage.verdict.model import Verdict
 
 PASS = but(
@@ -111,6 +111,21 @@ def test_counts_and_legend():
     assert "! failed   ? not judged   * injected" in lines
     assert any("PASS*" in line for line in lines)
     assert verdict_table([PASS]).splitlines()[-2] == "1 verdict: 1 pass"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "many"),
+    [
+        ("regression", "3 regressions"),
+        ("improvement", "3 improvements"),
+        ("error", "3 errors"),
+        *((outcome, f"3 {outcome}") for outcome in ("pass", "seen", "changed", "inconclusive", "unfit")),
+        ("no-baseline", "3 no baseline"),
+    ],
+)
+def test_what_is_counted_stands_in_the_plural_where_english_has_one(outcome, many):
+    assert counts_line([but(PASS, outcome=outcome)] * 3) == f"3 verdicts: {many}"
+    assert counts_line([but(PASS, outcome=outcome)]) == f"1 verdict: 1 {outcome.replace('-', ' ')}"
 
 
 def next_command(*verdicts: Verdict, options: list[str] | None = None) -> list[str]:

@@ -26,6 +26,8 @@ _MARKS: dict[Outcome, str] = {
     "seen": " ",
     "pass": " ",
 }
+_NOUNS: tuple[Outcome, ...] = ("regression", "improvement", "error")
+"""Outcomes that are counted as things; the others say what a verdict is."""
 _LEGEND = {"!": "! failed", "?": "? not judged", "+": "+ better", "*": "* injected", "~": "~ GPUs at equal speed"}
 _DROPPED_FIRST = ("noise", "finds", "95 % interval", "band", "baseline")
 _LEFT = ("variant", "metric", "verdict", "")
@@ -58,13 +60,18 @@ def verdict_table(verdicts: Sequence[Verdict], *, width: int = _MIN_WIDTH, optio
 
 
 def counts_line(verdicts: Sequence[Verdict]) -> str:
-    """`8 verdicts: 5 pass, 1 regression, 2 no baseline`"""
+    """`8 verdicts: 4 pass, 2 regressions, 2 no baseline`"""
     counts = Counter(verdict.outcome for verdict in verdicts)
     told = ", ".join(
-        f"{counts[outcome]} {outcome.replace('-', ' ')}" for outcome in reversed(_MARKS) if counts[outcome]
+        _counted(counts[outcome], outcome.replace("-", " "), noun=outcome in _NOUNS)
+        for outcome in reversed(_MARKS)
+        if counts[outcome]
     )
-    noun = "verdict" if len(verdicts) == 1 else "verdicts"
-    return f"{len(verdicts)} {noun}: {told}"
+    return f"{_counted(len(verdicts), 'verdict')}: {told}"
+
+
+def _counted(count: int, word: str, *, noun: bool = True) -> str:
+    return f"{count} {word}{'s' if noun and count != 1 else ''}"
 
 
 def legend_line(verdicts: Sequence[Verdict]) -> str:
