@@ -57,6 +57,13 @@ def test_leaving_out_what_is_not_there_or_everything_is_an_error(patterns, messa
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("pattern", ["zz*", "nvf?", "[z]*", "!zz*"])
+def test_a_pattern_that_matches_nothing_is_not_taken_for_a_name(pattern):
+    with pytest.raises(CatalogError) as caught:
+        load_catalog().select(["nvfp4", pattern])
+    assert str(caught.value) == f"no variant matches '{pattern.lstrip('!')}'\n  mend: --zimage-list shows them all"
+
+
 def test_unknown_tag_lists_the_known():
     with pytest.raises(CatalogError, match=r"no variant has the tag @nvpf4\n  mend: known tags: bf16, .*fp8, .*nvfp4"):
         load_catalog().select(["@nvpf4"])

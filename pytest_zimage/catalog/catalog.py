@@ -15,6 +15,7 @@ from pytest_zimage.catalog.model import Metric, ModelDims, ModelFile, PromptSet,
 from pytest_zimage.errors import CatalogError
 
 Row = TypeVar("Row", bound=Struct)
+_SHOWN = "--zimage-list shows them all"
 
 
 class Catalog(Struct, frozen=True):
@@ -30,7 +31,7 @@ class Catalog(Struct, frozen=True):
     claims: dict[str, Claim]
 
     def variant(self, name: str) -> Variant:
-        return _pick(self.variants, name, "variant", "--zimage-list shows them all")
+        return _pick(self.variants, name, "variant", _SHOWN)
 
     def workload(self, name: str) -> Workload:
         return _pick(self.workloads, name, "workload", "name one of the catalogue, or add a table of your own")
@@ -64,8 +65,11 @@ class Catalog(Struct, frozen=True):
 
     def _named(self, pattern: str) -> list[str]:
         if not pattern.startswith("@"):
-            # A name that is not there says which is meant.
-            return fnmatch.filter(self.variants, pattern) or [self.variant(pattern).name]
+            if hits := fnmatch.filter(self.variants, pattern):
+                return hits
+            if any(sign in pattern for sign in "*?["):
+                raise CatalogError(f"no variant matches {pattern!r}", mend=_SHOWN)
+            return [self.variant(pattern).name]  # raises, and says which name may be meant
         if hits := [variant.name for variant in self.variants.values() if pattern[1:] in variant.tags]:
             return hits
         tags = sorted({tag for variant in self.variants.values() for tag in variant.tags})
