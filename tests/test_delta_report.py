@@ -52,6 +52,20 @@ def test_regression_says_what_was_expected_seen_how_sure_and_why():
     assert "bios: (not recorded)" not in text
 
 
+@pytest.mark.parametrize(
+    ("figures", "told"),
+    [
+        ({"baseline": 0.9965, "band": 0.02, "limits": (-1.0, 1.0)}, "+/-0.0200, that is 0.9765 .. 1.0000"),
+        ({"baseline": 0.0, "band": 0.05, "limits": (0.0, None)}, "+/-0.0500, that is 0.0000 .. 0.0500"),
+        ({"baseline": 0.3, "band": 0.05, "limits": (None, None)}, "+/-0.0500, that is 0.2500 .. 0.3500"),
+        ({"baseline": -0.01, "band": 0.02}, "+/-0.0200, that is -0.0300 .. 0.0100"),
+        ({"baseline": 32 << 20, "band": 2.0, "scale": "relative", "unit": "bytes"}, "that is 0 B .. 96.0 MiB"),
+    ],
+)
+def test_the_band_ends_where_the_metric_does(figures, told):
+    assert told in delta_text(but(**{"scale": "absolute", "unit": "score", **figures}))
+
+
 def test_few_of_many_keys_that_were_not_recorded_are_named():
     unknown = dict.fromkeys("fedcba", ("(not recorded)", "1"))
     text = delta_text(but(SLOWER, environment_changed=unknown))

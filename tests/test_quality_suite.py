@@ -123,6 +123,8 @@ def test_nothing_fails_as_it_is_and_identical_images_are_said(project):
         "psnr": "PASS",
         "ssim": "PASS",
     }
+    limits = {row["metric"]: row["limits"] for row in project.results["verdicts"]}
+    assert (limits["images"], limits["lpips"], limits["ssim"]) == (None, [0.0, None], [-1.0, 1.0])
     notes = {row["metric"]: row["notes"] for row in project.results["verdicts"]}
     assert "6 of 6 images bit-identical to baseline" in notes["lpips"]
     assert "the scorer is blind here" in notes["clip_score"][0]

@@ -119,9 +119,16 @@ def _band(verdict: Verdict) -> list[str]:
     text = f"+/-{_amount(verdict, verdict.band)}"
     if isinstance(verdict.baseline, float | int):
         width = verdict.band if verdict.scale == "absolute" else verdict.band * verdict.baseline
-        low, high = (units.value(verdict.baseline + sign * width, verdict.unit) for sign in (-1, 1))
-        text += f", that is {low} .. {high}"
+        low, high = (_possible(verdict, verdict.baseline + sign * width) for sign in (-1, 1))
+        text += f", that is {units.value(low, verdict.unit)} .. {units.value(high, verdict.unit)}"
     return [text]
+
+
+def _possible(verdict: Verdict, value: float) -> float:
+    """`value`, or the limit of the metric that it lies beyond; seconds and bytes are never below 0."""
+    lowest, highest = verdict.limits or (0.0 if verdict.scale == "relative" else None, None)
+    value = value if lowest is None else max(value, lowest)
+    return value if highest is None else min(value, highest)
 
 
 def _certainty(verdict: Verdict) -> list[str]:

@@ -92,6 +92,8 @@ class Verdict(Struct, frozen=True, kw_only=True):
     speed: float | None = None
     """How fast this GPU multiplies, those of the baseline being 1, where they are others: `change`, `interval` and
     `noise` are then at equal speed, `value` and `samples` as measured."""
+    limits: tuple[float | None, float | None] | None = None
+    """Lowest and highest value of this metric that can be, in its unit; None where it has no such bound."""
     claim: str = ""
     """The published claim that this is about, with its source; `baseline` is then what the claim expects here."""
     claim_of: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pytest_zimage.catalog.model import Metric, Variant
@@ -37,5 +38,14 @@ def verdict_row(test: str, variant: Variant, metric: Metric, judgement: Judgemen
         "metric": metric.name,
         "unit": metric.unit,
         "verdict": word(judgement.outcome, metric),
+        "limits": _bounds(metric),
     }
     return Verdict(**{**shared, **named, **explained})
+
+
+def _bounds(metric: Metric) -> tuple[float | None, float | None] | None:
+    """The metric's limits as the results file can say them: JSON knows no infinity."""
+    if metric.limits is None:
+        return None
+    low, high = metric.limits
+    return low if math.isfinite(low) else None, high if math.isfinite(high) else None
