@@ -206,6 +206,18 @@ def test_update_table_shows_old_to_new_and_every_refusal():
     assert lines[-1] == "3 recorded, 1 refused"
 
 
+def test_update_table_tells_once_why_most_of_it_stayed():
+    new = UpdateResult(variant="bf16", metric="ssim", unit="score", action="recorded", old=None, new=0.99)
+    there = structs.replace(new, action="kept", old=0.99, reason="has a baseline already")
+    silent = structs.replace(there, new=None, reason="not measured: the driver tells nothing")
+    equal = structs.replace(there, action="unchanged", reason="")
+    lines = update_table([new, there, there, silent, equal, equal], width=200).splitlines()
+    ends = ["first", "kept", "kept", "kept: not measured: the driver tells nothing", "unchanged", "unchanged"]
+    assert [line.rpartition("  ")[2] for line in lines[1:7]] == ends
+    assert lines[7:] == ["kept: has a baseline already", "", "1 recorded, 3 kept, 2 unchanged"]
+    assert update_table([new, there]).splitlines()[2].endswith("kept: has a baseline already")
+
+
 def test_update_table_never_cuts_a_reason():
     row = structs.replace(UPDATES[3], reason="because " * 30 + "so")
     assert update_table([row]).splitlines()[1].endswith("so")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from pytest_zimage.baselines.merging import Action
 from pytest_zimage.baselines.update import UpdateResult
 from pytest_zimage.reports import commands, units
 from pytest_zimage.reports.claims import claim_lines
@@ -31,6 +32,7 @@ _NOUNS: tuple[Outcome, ...] = ("regression", "improvement", "error")
 _LEGEND = {"!": "! failed", "?": "? not judged", "+": "+ better", "*": "* injected", "~": "~ GPUs at equal speed"}
 _DROPPED_FIRST = ("noise", "finds", "95 % interval", "band", "baseline")
 _LEFT = ("variant", "metric", "verdict", "")
+_STAYED: tuple[Action, ...] = ("kept", "unchanged")
 _OWN_SCALE = ("score", "dB")
 """Units whose changes are differences, not ratios."""
 _MIN_WIDTH = 80
@@ -104,22 +106,37 @@ def _first(verdicts: Sequence[Verdict], *outcomes: Outcome) -> Verdict | None:
 
 
 def update_table(rows: Sequence[UpdateResult], *, width: int = _MIN_WIDTH) -> str:
-    """What an update changed, old -> new, a line per variant and metric; a refusal gives its reason instead."""
+    """What an update changed, old -> new, a line per variant and metric; a refusal gives its reason instead.
+
+    Why most of what stayed did so is told once, below the rows.
+    """
     if not rows:
         return "no baselines updated: nothing was measured"
+    shared = _shared_reasons(rows)
     cells = [
         {
             "variant": f"{'!' if row.action == 'refused' else ' '} {row.variant}",
             "metric": row.metric,
             "old": _short(row.old, row.unit),
             "new": _short(row.new, row.unit),
-            "": _update_change(row),
+            "": row.action if shared.get(row.action) == row.reason else _update_change(row),
         }
         for row in rows
     ]
     counts = Counter(row.action for row in rows)
     lines = _fitted(list(cells[0]), cells, max(width, _MIN_WIDTH), keep_last=True)
-    return "\n".join([*lines, "", ", ".join(f"{count} {action}" for action, count in counts.items())])
+    told = [f"{action}: {reason}" for action, reason in shared.items()]
+    return "\n".join([*lines, *told, "", ", ".join(f"{count} {action}" for action, count in counts.items())])
+
+
+def _shared_reasons(rows: Sequence[UpdateResult]) -> dict[Action, str]:
+    """Per action that left a baseline as it was, the reason that most of its rows have, where several have it."""
+    shared: dict[Action, str] = {}
+    for action in _STAYED:
+        for reason, count in Counter(row.reason for row in rows if row.action == action and row.reason).most_common(1):
+            if count > 1:
+                shared[action] = reason
+    return shared
 
 
 def _fitted(names: list[str], rows: Sequence[Mapping[str, str]], width: int, *, keep_last: bool = False) -> list[str]:
@@ -172,7 +189,7 @@ def _change(verdict: Verdict) -> str:
 def _update_change(row: UpdateResult) -> str:
     if row.action == "refused":
         return f"refused: {row.reason} ({row.mend})" if row.mend else f"refused: {row.reason}"
-    if row.action in ("kept", "unchanged"):
+    if row.action in _STAYED:
         return f"{row.action}: {row.reason}" if row.reason else row.action
     if row.old is None or row.new is None:
         return "first"
