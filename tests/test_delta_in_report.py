@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -66,6 +67,23 @@ def test_the_commands_repeat_what_chose_the_measurement(recorded, tiny):
             assert f"--zimage-tokenizer={tiny}/tokenizer" in line
             assert "--zimage-rounds=4" in line
     done.stdout.fnmatch_lines(["*to accept it:*"])
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")])
+def test_the_commands_repeat_ini_values_of_the_command_line(recorded, tiny, workers):
+    """Those of the ini file are there again by themselves; an option outranks its ini value."""
+    given = ["zimage_rounds=7", f"zimage_tokenizer={tiny}/tokenizer", "zimage_rounds=4", "zimage_lpips=alex"]
+    others = ["zimage_strict=true", "console_output_style=classic"]
+    overrides = [word for text in (*given, *others) for word in ("-o", text)]
+    done = recorded.run("nvfp4", *overrides, "--zimage-lpips=tiny-alex", *workers)
+    repeated = f"-o zimage_tokenizer={tiny}/tokenizer --zimage-lpips=tiny-alex -o zimage_rounds=4"
+    told = [line for line in done.stdout.lines if "--zimage-config nvfp4 " in line]
+    assert len(told) == 3
+    for line in told:
+        assert f"--zimage-config nvfp4 {repeated} --" in line
+    again = shlex.split(told[-1].partition("next: pytest ")[2])
+    recorded(default=recorded.QUIET)
+    assert recorded.project.runpytest_subprocess(*again).ret == 0
 
 
 def test_last_failed_runs_the_failure_again(recorded):

@@ -116,18 +116,32 @@ def given(config: pytest.Config) -> bool:
 
 
 def repeated_options(config: pytest.Config) -> list[str]:
-    """The options of this command line that decide what is measured and against what, for a command to run next."""
+    """What of this command line decides what is measured and against what, for a command to run next.
+
+    Options, and ini values given by `-o` that no option outranks.
+    """
     again = {"engine", "models", "tokenizer", "workload", "prompts", "clip", "lpips", "scorers", "device", "rounds"}
     again |= {"parity", "baselines", "catalog", "cache"}
     again |= {row.name for row in OPTIONS if row.engine}
+    overridden = _overridden_ini(config)
     words: list[str] = []
     for row in OPTIONS:
-        found = config.getoption(row.dest, None)
-        if row.prefix == "--zimage-" and row.name in again and found is not None:
+        if row.prefix != "--zimage-" or row.name not in again:
+            continue
+        if (found := config.getoption(row.dest, None)) is not None:
             for value in found if row.many else [found]:
                 # With a space, pytest would take a folder for one of tests, and flags for its own.
                 words.append(f"{row.option}={value}")
+        elif row.ini in overridden:
+            # Not as the option: a relative path would start from another folder.
+            words += ["-o", f"{row.ini}={overridden[row.ini]}"]
     return words
+
+
+def _overridden_ini(config: pytest.Config) -> dict[str, str]:
+    """The ini values that `-o` gives on the command line; of several for one name pytest takes the last."""
+    given = (text.partition("=") for text in config.getoption("override_ini", None) or ())
+    return {name: value for name, _, value in given}
 
 
 def read_settings(config: pytest.Config) -> Settings:
