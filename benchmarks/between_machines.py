@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,7 +21,7 @@ from msgspec import structs
 from pytest_zimage.baselines.compare import compare
 from pytest_zimage.baselines.schema import Baseline, BaseRun, MetricBaseline
 from pytest_zimage.baselines.store import Neighbours
-from pytest_zimage.catalog import load_catalog
+from pytest_zimage.catalog import DeviceClass, Metric, load_catalog
 from pytest_zimage.verdict.metrics import Sample
 from pytest_zimage.verdict.model import Judgement
 from pytest_zimage.verdict.words import word
@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("baselines/h200/diffusers-synthetic-full-turbo-1024"))
     parser.add_argument("--slower", type=float, default=0.04, help="by how much, as a share (default: 0.04)")
     options = parser.parse_args(arguments)
+    catalog = load_catalog()
+    metric, lane = catalog.metrics[METRIC], catalog.device(options.folder.parent.name)
     stored: dict[str, MetricBaseline] = {}
     for path in sorted(options.folder.glob("*.json")):
         metrics = msgspec.json.decode(path.read_bytes(), type=Baseline).metrics
@@ -46,35 +48,34 @@ def main(arguments: list[str] | None = None) -> int:
     for variant, baseline in stored.items():
         for device in dict.fromkeys(run.device for run in baseline.runs):
             own = [run for run in baseline.runs if run.device == device]
-            others = [run for run in baseline.runs if run.device != device]
-            if not device or len(others) < FEWEST_OTHERS:
+            base = _without(baseline, device)
+            if not device or len(base.runs) < FEWEST_OTHERS:
                 continue
-            without = {name: _without(each, device) for name, each in stored.items() if name != variant}
-            base = structs.replace(baseline, runs=tuple(others))
+            without = [_without(each, device) for name, each in stored.items() if name != variant]
+            neighbours = Neighbours(metrics=tuple(without))
             unchanged, slower = (
-                judged_by(base, own, without, options.folder.parent.name, factor) for factor in (1, 1 + options.slower)
+                judged_by(metric, lane, base, neighbours, own, factor) for factor in (1, 1 + options.slower)
             )
             judged += 1
             wrong += unchanged.outcome not in ("pass", "inconclusive") or slower.outcome == "pass"
-            print(f"{variant:16s}{device:14s}{len(own):5d}{len(others):8d}   {_told(unchanged):28s}{_told(slower)}")
+            counts = f"{len(own):5d}{len(base.runs):8d}"
+            print(f"{variant:16s}{device:14s}{counts}   {_told(metric, unchanged):28s}{_told(metric, slower)}")
     print(f"{judged} judged, {wrong} wrong")
     return int(wrong > 0 or judged == 0)
 
 
 def judged_by(
-    base: MetricBaseline, own: Sequence[BaseRun], neighbours: Mapping[str, MetricBaseline], lane: str, factor: float
+    metric: Metric,
+    lane: DeviceClass,
+    base: MetricBaseline,
+    neighbours: Neighbours,
+    own: Sequence[BaseRun],
+    factor: float,
 ) -> Judgement:
     """The rule over as many of `own`, in order, as it asks for; each round times `factor`."""
-    catalog = load_catalog()
     fresh = [Sample(rounds=tuple(t * factor for t in run.rounds), canary=run.canary, device=run.device) for run in own]
     for count in range(1, len(fresh) + 1):
-        judgement = compare(
-            catalog.metrics[METRIC],
-            fresh[:count],
-            base,
-            device=catalog.device(lane),
-            neighbours=Neighbours(metrics=tuple(neighbours.values())),
-        )
+        judgement = compare(metric, fresh[:count], base, device=lane, neighbours=neighbours)
         if not judgement.wants_more:
             break
     return judgement
@@ -84,9 +85,9 @@ def _without(stored: MetricBaseline, device: str) -> MetricBaseline:
     return structs.replace(stored, runs=tuple(run for run in stored.runs if run.device != device))
 
 
-def _told(judgement: Judgement) -> str:
+def _told(metric: Metric, judgement: Judgement) -> str:
     change = f"{judgement.change:+.1%}" if judgement.change is not None else ""
-    return f"{word(judgement.outcome, load_catalog().metrics[METRIC])} {change} ({judgement.k_new} runs)"
+    return f"{word(judgement.outcome, metric)} {change} ({judgement.k_new} runs)"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import ZImageError
 from pytest_zimage.notes import session_notes
 from pytest_zimage.reports import results as results_file
+from pytest_zimage.reports.paths import shown_from
 from pytest_zimage.reports.results import ErrorRow, Results
 from pytest_zimage.reports.table import update_table, verdict_table
 from pytest_zimage.runbook import runs_in
@@ -116,11 +117,12 @@ def _part_file(ours: ZImageSession, worker: str) -> Path:
 def summarise(reporter: pytest.TerminalReporter, ours: ZImageSession) -> None:
     """The table of all verdicts, and where the results are."""
     width = reporter._tw.fullwidth
+    started_in = ours.config.invocation_params.dir
     if ours.updates:
         reporter.section("zimage baselines")
         reporter.write_line(update_table(ours.updates, width=width))
         for folder in _written(ours):
-            reporter.write_line(f"written to {_shown(ours, folder)}")
+            reporter.write_line(f"written to {shown_from(started_in, folder)}")
     elif ours.verdicts:
         reporter.section("zimage verdicts")
         reporter.write_line(verdict_table(ours.verdicts, width=width, options=ours.repeated_options))
@@ -129,13 +131,7 @@ def summarise(reporter: pytest.TerminalReporter, ours: ZImageSession) -> None:
     if ours.closing_error is not None:
         reporter.write_line(f"ERROR: {ours.closing_error}", red=True)
     if ours.results_path is not None:
-        reporter.write_line(f"results: {_shown(ours, ours.results_path)}")
-
-
-def _shown(ours: ZImageSession, path: Path) -> Path:
-    """As it can be typed where pytest was started; whole where it does not lie below that folder."""
-    here = ours.config.invocation_params.dir
-    return path.relative_to(here) if path.is_relative_to(here) else path
+        reporter.write_line(f"results: {shown_from(started_in, ours.results_path)}")
 
 
 def _written(ours: ZImageSession) -> list[Path]:

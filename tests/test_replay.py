@@ -84,6 +84,25 @@ def test_what_refuses_to_be_captured_goes_on_and_says_so(monkeypatch):
     assert doubled.how == "kernel by kernel: operation not permitted when stream is capturing"
 
 
+# ---- prompts --------------------------------------------------------------
+
+
+def test_prompts_of_a_captured_length_are_replayed(graphs):
+    encoder = engine("bf16", width=64, height=64)._loaded.encoder
+    encoder._layers._able = True
+    ids = torch.tensor([[1, 5, 9, 2, 7, 3]])
+    with torch.inference_mode():
+        plain = encoder(ids)
+        encoder.capture(ids)
+        encoder.capture(ids + 1)
+        assert (len(graphs), encoder.how) == (1, "replayed as a graph")
+        assert torch.equal(encoder(ids), plain)
+        assert graphs[0].replayed == 1
+        assert torch.equal(encoder(ids, replay=False), plain)
+        assert torch.equal(encoder(ids[:, :3]), encoder(ids[:, :3], replay=False))
+        assert graphs[0].replayed == 1
+
+
 # ---- the transformer ------------------------------------------------------
 
 

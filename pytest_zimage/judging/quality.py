@@ -15,6 +15,7 @@ from pytest_zimage.judging.metric import published_note
 from pytest_zimage.probes import environment
 from pytest_zimage.quality.diagnosis import probable_causes
 from pytest_zimage.reports import units
+from pytest_zimage.reports.paths import shown_from
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.model import Judgement, Verdict
 from pytest_zimage.verdict.paired import PairRule, judge_paired
@@ -169,17 +170,13 @@ def _side_by_side(session: ZImageSession, variant: Variant, found: Found | Absen
     if isinstance(found, Absent) or found.baseline.images is None:
         return []
     identity = identity_to(session.desk.evidence(variant), found.baseline)
+    root = session.settings.rootdir
     new = {f"{image.prompt}/{image.seed}": Path(image.path) for image in session.desk.gallery.images(variant)}
     previews = found.baseline.images.previews
     folder = previews_folder(found.path)
     differ = identity.differ if identity else ()
-
-    def shown(path: Path) -> Path:
-        root = session.settings.rootdir
-        return path.relative_to(root) if path.is_relative_to(root) else path
-
     return [
-        f"{pair}: recorded {shown(folder / previews[pair])}, now {shown(new[pair])}"
+        f"{pair}: recorded {shown_from(root, folder / previews[pair])}, now {shown_from(root, new[pair])}"
         for pair in differ[:3]
         if pair in previews
     ]

@@ -140,8 +140,8 @@ def repeated_options(config: pytest.Config) -> list[str]:
 
 def _overridden_ini(config: pytest.Config) -> dict[str, str]:
     """The ini values that `-o` gives on the command line; of several for one name pytest takes the last."""
-    given = (text.partition("=") for text in config.getoption("override_ini", None) or ())
-    return {name: value for name, _, value in given}
+    parts = (text.partition("=") for text in config.getoption("override_ini", None) or ())
+    return {name: value for name, _, value in parts}
 
 
 def read_settings(config: pytest.Config) -> Settings:

@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace, dims: ModelDims) -> None:
     from pytest_zimage.checkpoints.synthetic.build import build_model_set
 
     device = torch.device(options.device)
-    if device.index is not None:
+    if device.type == "cuda" and device.index is not None:
         # comfy-kitchen's kernels run on the current GPU, and refuse a tensor that lies on another.
         torch.cuda.set_device(device)
     build_model_set(options.name, dims, options.out, options.files, device=device, say=say)
