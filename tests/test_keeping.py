@@ -52,15 +52,22 @@ def test_does_not_wait_for_an_image_until_the_next_and_tells_it_only_then(
     assert [image.seed for image in keeper.kept] == [0, 1]
 
 
-def test_an_image_that_could_not_be_saved_ends_the_drawing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), Keeper() as keeper:
-        keeper.keep(job(tmp_path / "gone", 0), pixels(0))
-        keeper.keep(job(tmp_path, 1), pixels(1))
-    with pytest.raises(FileNotFoundError), Keeper() as keeper:
-        keeper.keep(job(tmp_path / "gone", 0), pixels(0))
+def keep(folders: list[Path], error: Exception | None = None) -> None:
+    with Keeper() as keeper:
+        for seed, folder in enumerate(folders):
+            keeper.keep(job(folder, seed), pixels(seed))
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_image_that_could_not_be_saved_ends_the_drawing(tmp_path: Path, place: int) -> None:
+    folders = [tmp_path, tmp_path]
+    folders[place] = tmp_path / "gone"
+    with pytest.raises(FileNotFoundError):
+        keep(folders)
 
 
 def test_an_error_while_drawing_stays_the_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="drawing"), Keeper() as keeper:
-        keeper.keep(job(tmp_path / "gone", 0), pixels(0))
-        raise KeyError("drawing")
+    with pytest.raises(KeyError, match="drawing"):
+        keep([tmp_path / "gone"], KeyError("drawing"))

@@ -10,7 +10,6 @@ from pytest_zimage.catalog import Variant
 from pytest_zimage.engines.protocol import DrawnImage
 from pytest_zimage.errors import ZImageError
 from pytest_zimage.images.gallery import by_pair
-from pytest_zimage.quality.protocol import Item
 
 if TYPE_CHECKING:
     from pytest_zimage.images.desk import QualityDesk
@@ -23,25 +22,29 @@ _HANDED_IN = 4
 def scoring_meanwhile(session: ZImageSession, desk: QualityDesk, variant: Variant) -> Callable[[DrawnImage], None]:
     """What takes each image of `variant` as it arrives.
 
-    Does nothing where drawing is the CPU's own work, and where the reference's images would have to be drawn first.
+    Does nothing where drawing is the CPU's own work. Images wait until those of the reference are there too: another
+    worker of the session may still be drawing them.
     """
     if session.machine.torch_device == "cpu":
         return lambda image: None
     itself = variant.name == variant.reference and not session.injection.quality
-    at_hand = () if itself else desk.gallery.references_at_hand(variant)
-    if at_hand is None:
-        return lambda image: None
-    known = by_pair(at_hand)
-    waiting: list[Item] = []
+    references: dict[tuple[str, int], DrawnImage] = {}
+    waiting: list[DrawnImage] = []
 
     def arrived(image: DrawnImage) -> None:
-        reference = image if itself else known.get((image.prompt, image.seed))
-        if reference is not None:
-            waiting.append(desk.item(image, reference))
-        if len(waiting) >= _HANDED_IN:
-            # Its errors are told when the scores are collected.
-            with contextlib.suppress(ZImageError):
-                desk.judge.submit(tuple(waiting))
-            waiting.clear()
+        waiting.append(image)
+        # Its errors are told when the scores are collected.
+        with contextlib.suppress(ZImageError):
+            desk.judge.start()
+            if len(waiting) < _HANDED_IN:
+                return
+            if itself:
+                references.update(by_pair(waiting))
+            elif not references:
+                references.update(by_pair(desk.gallery.references_at_hand(variant) or ()))
+            if references:
+                held = [(one, references.get((one.prompt, one.seed))) for one in waiting]
+                waiting.clear()
+                desk.judge.submit(tuple(desk.item(one, against) for one, against in held if against is not None))
 
     return arrived

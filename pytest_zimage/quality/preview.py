@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
 
 from pytest_zimage.errors import MeasurementError
+from pytest_zimage.probes.environment import usable_cores
 from pytest_zimage.quality.images import read_image
 from pytest_zimage.quality.protocol import Preview, PreviewJob
 
@@ -16,6 +19,14 @@ _FORMATS = {".webp": "WEBP", ".jpg": "JPEG", ".png": "PNG"}
 _QUALITIES = (85, 70, 55, 40)
 _SHRINK = 0.75
 _SMALLEST = 32
+_THREADS = 8
+
+
+def make_previews(jobs: Sequence[PreviewJob], limit_bytes: int, side: int) -> tuple[Preview, ...]:
+    """One preview a job, in their order, on as many cores as may be used; raises as `make_preview` does."""
+    # One of a 1024x1024 image takes 0.2 s, in which Pillow does without Python's lock.
+    with ThreadPoolExecutor(min(usable_cores(), _THREADS)) as pool:
+        return tuple(pool.map(lambda job: make_preview(job, limit_bytes, side), jobs))
 
 
 def make_preview(job: PreviewJob, limit_bytes: int, side: int) -> Preview:

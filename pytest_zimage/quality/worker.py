@@ -77,7 +77,7 @@ class _Judge:
             return self._open(request)
         import torch
 
-        from pytest_zimage.quality.preview import make_preview
+        from pytest_zimage.quality.preview import make_previews
 
         with torch.inference_mode():
             match request:
@@ -88,9 +88,7 @@ class _Judge:
                 case ComparePairs():
                     return Compared(self._scoring().compare(request.pairs, self._report))
                 case MakePreviews():
-                    return PreviewsMade(
-                        tuple(make_preview(job, request.limit_bytes, request.side) for job in request.jobs)
-                    )
+                    return PreviewsMade(make_previews(request.jobs, request.limit_bytes, request.side))
                 case Close():
                     raise AssertionError("close is not answered here")
 
