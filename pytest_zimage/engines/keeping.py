@@ -1,4 +1,4 @@
-"""Images onto the disk while the next one is drawn: to write a PNG of 1024x1024 takes a fifth of an H200's time for it."""
+"""Images onto the disk while the next one is drawn: writing a PNG takes a fifth of the time an H200 draws for."""
 
 from __future__ import annotations
 
