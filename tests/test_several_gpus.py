@@ -7,6 +7,7 @@ import re
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scripted_nvml import Gpu, ScriptedNvml
@@ -281,14 +282,14 @@ def test_two_do_not_load_from_one_disk_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("what", "expected"),
     [
-        ("run", ["imported", "held", "forked", "emptied", "started", "load", "free"]),
+        ("run", ["importing", "held", "imported", "forked", "started", "load", "free"]),
         ("draw", ["forked", "started", "held", "load", "free"]),
     ],
 )
 def test_files_are_read_under_the_lock_of_the_disk(monkeypatch, tmp_path, what, expected):
     """Beside another worker's load neither an emptied page cache nor the time of a load would mean what it says.
 
-    Nobody holds the disk while packages are imported, and the cache is emptied while the worker starts.
+    The imports begin before, so that each of several workers has done its own when the disk is free.
     """
     from pytest_zimage.engines import local
 
@@ -324,7 +325,8 @@ def test_files_are_read_under_the_lock_of_the_disk(monkeypatch, tmp_path, what, 
         return pagecache.CacheState(residency=0.0, emptied=True)
 
     catalog = load_catalog()
-    monkeypatch.setattr(local.LocalEngine, "_forks", lambda *_: events.append("imported"))
+    server = SimpleNamespace(ready=lambda *_: events.append("imported"))
+    monkeypatch.setattr(local.LocalEngine, "_importing", lambda *_: events.append("importing") or server)
     monkeypatch.setattr(local.LocalEngine, "_worker", lambda *_: events.append("forked") or Worker())
     monkeypatch.setattr(local.pagecache, "empty", emptied)
     plan = RunPlan(
@@ -336,13 +338,15 @@ def test_files_are_read_under_the_lock_of_the_disk(monkeypatch, tmp_path, what, 
     )  # fmt: skip
     with pytest.raises(EngineError, match="enough"):
         getattr(local.LocalEngine(), what)(plan, lambda *_: None)
+    if what == "run":
+        # At any time until the load: it goes on beside the imports and the worker's start.
+        assert events.index("held") < events.index("emptied") < events.index("load")
+        events.remove("emptied")
     assert events[: events.index("free") + 1] == expected
 
 
 def test_a_worker_that_takes_the_place_of_another_takes_its_gpu():
     """Slots count for each host by itself; a host of another name has GPUs of its own."""
-    from types import SimpleNamespace
-
     from execnet import XSpec
 
     from pytest_zimage.xdist import XdistHooks

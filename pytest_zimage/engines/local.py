@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -60,14 +61,15 @@ class LocalEngine(Engine):
                 return _expect(kind, worker.ask(request, name))
 
         with guarding(plan.fit, plan.gpu, progress) as guard, ExitStack() as stack:
-            with stage("import"):
-                self._forks(plan, progress)
-            with plan.reading(progress):
+            server = self._importing(plan)
+            # Beside the imports of the first run, and a later worker's start: neither reads any of these files.
+            with plan.reading(progress), ThreadPoolExecutor(1) as beside:
+                emptied = beside.submit(pagecache.empty, files)
+                with stage("import"):
+                    server.ready(plan.timeout_s, progress)
                 worker = stack.enter_context(self._worker(plan, progress))
-                # While the worker starts, which takes about as long and reads none of these files; the packages were
-                # imported before, which takes seconds in which somebody else may.
                 with stage("page cache"):
-                    cache = pagecache.empty(files)
+                    cache = emptied.result()
                 with stage("start"):
                     hello = _expect(Hello, worker.receive("import"))
                 _check_device(plan, hello)
@@ -134,18 +136,19 @@ class LocalEngine(Engine):
             worker.close()
         return images
 
-    def _forks(self, plan: RunPlan, progress: ReportProgress) -> ForkServer:
-        """The fork server, its imports done."""
+    def _importing(self, plan: RunPlan) -> ForkServer:
+        """The fork server, which begins its imports now if it is new."""
         if self._server is None or not self._server.alive:
             self._server = ForkServer(plan.log.with_name(f"forkserver-{os.getpid()}.log"))
-        self._server.ready(plan.timeout_s, progress)
         return self._server
 
     @contextmanager
     def _worker(self, plan: RunPlan, progress: ReportProgress) -> Iterator[WorkerClient]:
         what = f"worker of {plan.variant.name}, run {plan.index + 1}"
         with compile_cache(plan.variant.compile) as environment:
-            start = self._forks(plan, progress).worker(plan.device, environment)
+            server = self._importing(plan)
+            server.ready(plan.timeout_s, progress)
+            start = server.worker(plan.device, environment)
             with WorkerClient(
                 what, plan.log, start, timeout_s=plan.timeout_s, progress=progress, gpu=plan.gpu
             ) as worker:
