@@ -26,10 +26,11 @@ _KEPT = 40
 
 
 def note_error(item: pytest.Item, error: BaseException, report: pytest.TestReport) -> None:
-    """Keep an error that a test ended with; one of ours is shown by its message, without a traceback."""
-    if isinstance(error, ZImageError):
-        report.longrepr = str(error)
-    elif not isinstance(error, Exception) or report.skipped:
+    """Keep an error that a test ended with; one of ours is shown by its message, without a traceback, and in full once.
+
+    A file that cannot be read fails every test of its variant.
+    """
+    if not isinstance(error, Exception) or (report.skipped and not isinstance(error, ZImageError)):
         return  # verdicts are pytest's own outcomes, already told; Ctrl-C is no test's error
     variant = item.callspec.params.get("zimage_variant", "") if hasattr(item, "callspec") else ""
     row = ErrorRow(
@@ -39,7 +40,15 @@ def note_error(item: pytest.Item, error: BaseException, report: pytest.TestRepor
         message=getattr(error, "message", str(error)),
         mend=getattr(error, "mend", ""),
     )
-    start(item.config).errors.append(row)
+    errors = start(item.config).errors
+    if isinstance(error, ZImageError):
+        first = next((known for known in errors if _what(known) == _what(row)), None)
+        report.longrepr = str(error) if first is None else f"the same error as {first.test.rpartition('::')[2]}"
+    errors.append(row)
+
+
+def _what(row: ErrorRow) -> tuple[str, str, str]:
+    return row.kind, row.message, row.mend
 
 
 def finish(session: pytest.Session, ours: ZImageSession) -> None:

@@ -112,6 +112,23 @@ def test_errors_are_there_with_their_mend(script):
     assert (errors[0]["message"], errors[0]["mend"]) == ("x.safetensors: truncated", "scripted mend")
 
 
+def test_an_error_is_told_in_full_once_and_named_by_every_other_test_it_failed(script):
+    script.project.makepyfile(test_suite=SUITE + "\ndef test_own(zimage):\n    raise KeyError('mine')\n")
+    script(
+        bf16=[{"error": "CheckpointError", "message": "x.safetensors: truncated"}],
+        nvfp4=[{"error": "CheckpointError", "message": "y.safetensors: truncated"}],
+    )
+    done = script.run("bf16,nvfp4")
+    done.assert_outcomes(failed=6)
+    told = [line for line in done.outlines if line.endswith("truncated") and not line.startswith("FAILED")]
+    assert told == ["x.safetensors: truncated", "y.safetensors: truncated"]
+    assert [line.partition("@")[0] for line in done.outlines if line.startswith("the same error as")] == [
+        "the same error as test_times[bf16]",
+        "the same error as test_times[nvfp4]",
+    ]
+    assert [error["message"] for error in read(newest(script))["errors"]].count("x.safetensors: truncated") == 2
+
+
 def test_a_metric_that_cannot_be_judged_does_not_hide_the_others(script):
     """One gate, two metrics: the regression is told beside the error of the other."""
     script.project.makepyfile(test_suite=SUITE)
