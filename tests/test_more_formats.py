@@ -164,7 +164,7 @@ def test_svdquant_decodes_by_hand_to_nearly_the_bf16_values():
         GgufBlocks("Q8_0"),
         GgufBlocks("Q4_K"),
     ],
-    ids=repr,
+    ids=lambda encoding: type(encoding).__name__,
 )
 @pytest.mark.parametrize("columns", [256, 384])
 def test_what_is_planned_is_what_is_encoded(encoding, columns):
