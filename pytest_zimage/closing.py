@@ -12,6 +12,7 @@ import pytest
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import ZImageError
 from pytest_zimage.notes import session_notes
+from pytest_zimage.outcomes import plain_nodeid
 from pytest_zimage.reports import results as results_file
 from pytest_zimage.reports.paths import shown_from
 from pytest_zimage.reports.results import ErrorRow, Results
@@ -34,7 +35,7 @@ def note_error(item: pytest.Item, error: BaseException, report: pytest.TestRepor
         return  # verdicts are pytest's own outcomes, already told; Ctrl-C is no test's error
     variant = item.callspec.params.get("zimage_variant", "") if hasattr(item, "callspec") else ""
     row = ErrorRow(
-        test=item.nodeid,
+        test=plain_nodeid(item),
         variant=str(variant),
         kind=type(error).__name__,
         message=getattr(error, "message", str(error)),

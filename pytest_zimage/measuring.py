@@ -17,6 +17,7 @@ from pytest_zimage.judging.memory import HELD, RETURNED, unsaid
 from pytest_zimage.judging.parity import PARITY
 from pytest_zimage.judging.quality import DRIFT
 from pytest_zimage.judging.twins import emulation
+from pytest_zimage.outcomes import plain_nodeid
 from pytest_zimage.reports.benchmark_bridge import replay
 from pytest_zimage.session import ZImageSession
 from pytest_zimage.verdict.metrics import Sample, take
@@ -183,4 +184,4 @@ class ZImage:
         if not measurements:
             raise TypeError("gate() needs at least one measurement, for example zimage.warm_latency()")
         names = tuple(measurement.metric for measurement in measurements)
-        gate(self._session, self._request.node.nodeid, self.variant, names)
+        gate(self._session, plain_nodeid(self._request.node), self.variant, names)

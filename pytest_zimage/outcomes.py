@@ -23,6 +23,16 @@ def is_ours(item: pytest.Item) -> bool:
     return not {"zimage_variant", "zimage_claim"}.isdisjoint(getattr(item, "fixturenames", ()))
 
 
+def xdist_group(item: pytest.Item) -> str:
+    """What `--dist loadgroup` keeps `item` together with; empty for none."""
+    return next((str(mark.args[0]) for mark in item.iter_markers("xdist_group") if mark.args), "")
+
+
+def plain_nodeid(item: pytest.Item) -> str:
+    """The node id to type, without the group that `--dist loadgroup` puts behind it."""
+    return item.nodeid.removesuffix(f"@{xdist_group(item)}")
+
+
 def skip_status(report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
     """The status of a skip that is really an unjudged verdict; None for any other report."""
     if not (report.skipped and isinstance(report.longrepr, tuple)):

@@ -20,10 +20,11 @@ class GroupScheduling(LoadGroupScheduling):  # type: ignore[misc]
     def remove_node(self, node: WorkerController) -> str | None:
         """The test that `node` was running, if any; it is not run again, the rest of its group is."""
         crashed: str | None = None
-        for unit in self.assigned_work[node].values():
-            crashed = next((test for test, finished in unit.items() if not finished), None)
-            if crashed is not None:
-                unit[crashed] = True
+        for group, unit in self.assigned_work[node].items():
+            running = next((test for test, finished in unit.items() if not finished), None)
+            if running is not None:
+                unit[running] = True
+                crashed = running.removesuffix(f"@{group}")
                 break
         super().remove_node(node)
         return crashed

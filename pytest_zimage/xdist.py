@@ -7,19 +7,21 @@ host share the session's folder; one that vanishes leaves there what it had foun
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_zimage.outcomes import is_ours
+from pytest_zimage.outcomes import is_ours, plain_nodeid, xdist_group
 
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
 _USAGE_ERROR = "zimage_usage_error"
 _INPUT = "zimage"
+_NODEID = "zimage_nodeid"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,19 @@ class XdistHooks:
 
             save_part(self._config)
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if is_worker(self._config) and is_ours(item):
+            setattr(report, _NODEID, plain_nodeid(item))
+        return report
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # xdist needs the group until here; a summary to copy from, `--lf` and JUnit's file must not have it.
+        if not is_worker(self._config):
+            report.nodeid = getattr(report, _NODEID, report.nodeid)
+
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if is_worker(self._config) and self._config.getoption("loadgroup", False):
@@ -135,7 +150,7 @@ def keep_groups(items: list[pytest.Item]) -> None:
     no longer the node id, and every group falls apart without a word (pytest-xdist issue 1386).
     """
     for item in filter(is_ours, items):
-        group = next((mark.args[0] for mark in item.iter_markers("xdist_group") if mark.args), "")
+        group = xdist_group(item)
         if group and not item.nodeid.endswith(f"@{group}") and hasattr(item, "_id"):
             item._id = item.id.parse(f"{item.nodeid}@{group}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from xml.etree import ElementTree
+
 import pytest
 
 from conftest import TIMED
@@ -29,7 +31,7 @@ def recorded(script):
 
 def outcomes(data):
     return {
-        (verdict["test"].partition("@")[0], verdict["metric"]): (
+        (verdict["test"], verdict["metric"]): (
             verdict["verdict"],
             verdict["value"],
             verdict["change"],
@@ -40,7 +42,7 @@ def outcomes(data):
 
 
 def failures(data):
-    return sorted((error["test"].partition("@")[0], error["kind"]) for error in data["errors"])
+    return sorted((error["test"], error["kind"]) for error in data["errors"])
 
 
 @pytest.mark.parametrize("workers", [("-n", "2"), ("-n", "2", "--dist", "loadgroup"), ("-n", "1")])
@@ -60,6 +62,23 @@ def test_same_verdicts_as_without(recorded, results, workers):
     assert len(alone["errors"]) == 3
     assert spread.ret == plain.ret == pytest.ExitCode.TESTS_FAILED
     assert sorted(recorded.ran) == ran_alone, "a run was made twice or not at all"
+
+
+@pytest.mark.parametrize("workers", [("-n", "0"), ("-n", "2", "--dist", "loadgroup")])
+def test_a_test_has_one_name_however_the_tests_are_spread(recorded, workers):
+    """What the summary names can be typed, `--lf` finds it, and JUnit's file tells the same history every night."""
+    project = recorded.project
+    project.makeini((project.path / "tox.ini").read_text().replace("-p no:cacheprovider", ""))
+    told = project.runpytest_subprocess("--zimage-config", NAMES, "--junitxml=junit.xml", *workers)
+    names = {case.get("name") for case in ElementTree.parse(project.path / "junit.xml").iter("testcase")}
+    assert names == {
+        f"test_{what}[{variant}]" for what in ("warm_latency", "cold_load", "memory") for variant in NAMES.split(",")
+    }
+    failed = [line.split()[1] for line in told.outlines if line.startswith("FAILED ")]
+    assert "test_suite.py::test_warm_latency[nvfp4]" in failed
+    again = project.runpytest_subprocess("--zimage-config", NAMES, "--lf", "--collect-only", "-q")
+    assert sorted(line for line in again.outlines if "::" in line) == sorted(failed)
+    assert project.runpytest_subprocess("--zimage-config", NAMES, "--collect-only", "-q", failed[0]).ret == 0
 
 
 def test_one_results_file_and_one_table(recorded):

@@ -12,6 +12,7 @@ from pytest_zimage.catalog import Claim, Metric
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import MeasurementError
 from pytest_zimage.judging.fitness import about_machine, unfit
+from pytest_zimage.outcomes import plain_nodeid
 from pytest_zimage.reports import claims
 from pytest_zimage.reports.delta import delta_text, headline
 from pytest_zimage.session import ZImageSession
@@ -39,7 +40,7 @@ class ClaimCheck:
     """One case of one claim: `zimage_claim.check()` is the whole test."""
 
     def __init__(self, request: pytest.FixtureRequest, session: ZImageSession, claim: Claim, case: int) -> None:
-        self._test = request.node.nodeid
+        self._test = plain_nodeid(request.node)
         self._session = session
         self.claim = claim
         self.names = claim.cases()[case]
