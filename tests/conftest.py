@@ -43,8 +43,9 @@ def test_cold_load(zimage):
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("ZIMAGE_MODELS", raising=False)
-    # On a build server pytest prints its short summary in full, and counts of lines would differ.
-    for name in ("CI", "BUILD_NUMBER"):
+    # On a build server pytest prints its short summary in full, and counts of lines would differ; in a worker of xdist
+    # pytest-benchmark turns itself off, and so would that of a session which a test starts.
+    for name in ("CI", "BUILD_NUMBER", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
 
