@@ -71,7 +71,7 @@ def _plural(kind: str, number: int) -> str:
 
 
 def _elsewhere(ours: ZImageSession) -> tuple[str, ...]:
-    """Variants that were asked for by name, glob or tag and that this lane has no place for."""
+    """Variants that a pattern or a tag asked for and that this lane has no place for."""
     if not ours.settings.config or "machine" not in vars(ours):
         return ()
     lane = ours.machine.device_class.name

@@ -137,11 +137,22 @@ def test_a_tag_is_given_with_an_equals_sign(script):
     assert script.ran == [f"{name}-1" for name in ALL]
 
 
-def test_a_variant_of_other_lanes_is_not_left_out_without_a_word(script):
+@pytest.mark.parametrize("asked", ["nvfp4,bf16-comp*", "nvfp4,@compile"])
+def test_a_variant_of_other_lanes_is_not_left_out_without_a_word(script, asked):
     script(default=[{"rounds": [1.0]}])
-    result = script.project.runpytest_subprocess("--zimage-config", "nvfp4,bf16-compile")
+    result = script.project.runpytest_subprocess("--zimage-config", asked)
     assert script.ran == ["nvfp4-1"]
     result.stdout.fnmatch_lines(["NOTE: bf16-compile was asked for and does not run on cpu: its lanes are gb10, *"])
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")])
+def test_one_that_was_named_and_does_not_run_here_is_an_error(script, workers):
+    """The rest would pass, and look like all that was asked for."""
+    script(default=[{"rounds": [1.0]}])
+    result = script.project.runpytest_subprocess("--zimage-config", "nvfp4,bf16-compile", *workers)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: bf16-compile does not run on cpu: its lanes are gb10, *"])
+    assert script.ran == []
 
 
 def test_what_nobody_asked_for_by_name_is_no_note(script):
