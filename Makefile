@@ -31,7 +31,7 @@ baselines: $(STAMP)
 	    --update-reason "recorded on this machine by make baselines" $(PYTEST_ARGS)
 
 # What any machine can show in a few minutes. Not here: cold_read.py (of a file on the disk and a GPU of yours), pure_share.py
-# (of the results of a session at full size) and quality_repeat.py (ten sessions, one after another).
+# and several_gpus.py (of the results of sessions at full size) and quality_repeat.py (ten sessions, one after another).
 bench: $(STAMP)
 	$(BIN)/python benchmarks/decision_rule.py
 	$(BIN)/python benchmarks/paired_rule.py
