@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import pytest
 from xdist.scheduler import LoadGroupScheduling
 
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
 
+def spread(groups: Sequence[str], workers: int, weigh: Callable[[str], int]) -> list[str]:
+    """The order to hand out `groups` in; `weigh` says how many bytes one has to load.
+
+    The first stays, since the others' images are held against its own. All workers begin at once and load one after
+    another, so the others begin with the lightest. The rest goes by weight, for the last of them should be short.
+    """
+    if not groups:
+        return []
+    first, *others = groups
+    weights = {group: weigh(group) for group in others}
+    light = sorted(others, key=weights.__getitem__)[: max(workers - 1, 0)]
+    return [first, *light, *sorted(filter(lambda group: group not in light, others), key=lambda group: -weights[group])]
+
+
 class GroupScheduling(LoadGroupScheduling):  # type: ignore[misc]
-    """xdist's own, which (3.8) does not survive a vanished worker.
+    """xdist's own, which hands out groups in the order of their tests, and (3.8) does not survive a vanished worker.
 
     It hands out the crashed test again, which ends the next worker too, and groups that were finished already: then a
     worker has nothing to do, finishes nothing, is never given more, and the session waits for it for ever.
     """
+
+    def __init__(self, config: pytest.Config, log: Any, weigh: Callable[[str], int]) -> None:
+        """`weigh`: bytes that the variant of this name has to load, 0 if unknown."""
+        super().__init__(config, log)
+        self._weigh = weigh
+        self._is_spread = False
 
     def remove_node(self, node: WorkerController) -> str | None:
         """The test that `node` was running, if any; it is not run again, the rest of its group is."""
@@ -33,7 +55,18 @@ class GroupScheduling(LoadGroupScheduling):  # type: ignore[misc]
         for group, unit in list(self.workqueue.items()):
             if all(unit.values()):
                 del self.workqueue[group]
+        if not self._is_spread:
+            self._is_spread = True
+            self._spread()
         if self.workqueue:
             super()._assign_work_unit(node)
         else:
             node.shutdown()
+
+    def _spread(self) -> None:
+        """Put the variants in the order of `spread`; groups of other tests keep their places."""
+        names = list(self.workqueue)
+        variants = [name for name in names if any(test.endswith(f"[{name}]@{name}") for test in self.workqueue[name])]
+        ordered = iter(spread(variants, len(self.nodes), self._weigh))
+        for name in [next(ordered) if name in variants else name for name in names]:
+            self.workqueue.move_to_end(name)

@@ -69,7 +69,20 @@ class XdistHooks:
             return None
         from pytest_zimage.scheduling import GroupScheduling
 
-        return GroupScheduling(config, log)
+        return GroupScheduling(config, log, self._bytes_to_load)
+
+    def _bytes_to_load(self, name: str) -> int:
+        """Size of the files of the variant `name`; 0 if it is not known here, as on a controller without weights."""
+        from pytest_zimage.checkpoints.folders import weight_files
+        from pytest_zimage.errors import ZImageError
+        from pytest_zimage.session import start
+
+        try:
+            ours = start(self._config)
+            files = ours.model_set.files(ours.catalog.variant(name)).values()
+            return sum(file.stat().st_size for path in files for file in weight_files(path))
+        except (ZImageError, OSError, pytest.UsageError):
+            return 0
 
     def pytest_testnodedown(self, node: WorkerController, error: object) -> None:
         self._slots.get(host_of(node), {}).pop(node.gateway.id, None)
