@@ -98,14 +98,14 @@ def test_those_drawn_before_the_reference_was_are_handed_in_once_it_is(desk):
     references: list[DrawnImage] = []
     made._session.book.recorded = lambda name: [SimpleNamespace(images=tuple(references))] if references else []
     hand_in = made.scoring_meanwhile(CATALOG.variant("nvfp4"))
-    images = drawn("nvfp4", prompts)
-    for image in images[:5]:
+    images = [*drawn("nvfp4", prompts), *drawn("nvfp4", prompts, seed=7777)][:8]
+    for image in images[:7]:
         hand_in(image)
     assert made.judge.handed == []
-    references += drawn("bf16", prompts)
-    hand_in(images[5])
-    (six,) = made.judge.handed
-    assert [item.path for item in six] == [image.path for image in images[:6]]
+    references += [*drawn("bf16", prompts), *drawn("bf16", prompts, seed=7777)]
+    hand_in(images[7])
+    (eight,) = made.judge.handed
+    assert [item.path for item in eight] == [image.path for image in images]
 
 
 def test_an_image_without_a_reference_waits_for_the_others(desk):

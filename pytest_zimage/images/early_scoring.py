@@ -36,7 +36,7 @@ def scoring_meanwhile(session: ZImageSession, desk: QualityDesk, variant: Varian
         # Its errors are told when the scores are collected.
         with contextlib.suppress(ZImageError):
             desk.judge.start()
-            if len(waiting) < _HANDED_IN:
+            if len(waiting) % _HANDED_IN:
                 return
             if itself:
                 references.update(by_pair(waiting))
