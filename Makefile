@@ -39,7 +39,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/harness_overhead.py
 	$(BIN)/python benchmarks/sampling_cost.py
 	$(BIN)/python benchmarks/server_overhead.py
-	$(BIN)/python benchmarks/between_machines.py --slower 0.05
+	$(BIN)/python benchmarks/between_machines.py --slower 0.04
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -66,6 +66,20 @@ def test_a_run_of_an_unfit_machine_is_left_out_and_told(script, two_machines, ca
     assert "left out: bf16 of 2026-01-01T00:00:00+00:00: thermal throttle" in capsys.readouterr().out
 
 
+def test_a_figure_that_lies_far_out_is_left_out_and_the_run_counts_for_the_rest(script, two_machines, capsys):
+    """The first process of a session has been seen with 50 MB more; its images are as fast as any."""
+    files = two_machines()
+    data = json.loads((script.project.path / "b.json").read_text())
+    data["runs"][-1]["memory"]["rss_peak_bytes"] *= 2
+    (script.project.path / "b.json").write_text(json.dumps(data))
+    status, runs = gather(script, files)
+    assert (status, len(runs)) == (0, 6)
+    stored = json.loads((script.project.path / "gathered" / H200).read_text())["metrics"]
+    counted = {name: len(stored[name]["runs"]) for name in ("warm_latency", "cold_load", "rss_peak", "working_set")}
+    assert counted == {"warm_latency": 6, "cold_load": 6, "rss_peak": 5, "working_set": 5}
+    assert "left out: rss_peak, working_set of bf16 of 2026-01-01" in capsys.readouterr().out
+
+
 def test_fewer_than_five_fit_runs_are_refused(script, two_machines, capsys):
     status, runs = gather(script, two_machines()[:1])
     assert (status, runs) == (1, [])

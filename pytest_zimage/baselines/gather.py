@@ -4,7 +4,7 @@
 
 A device class has one baseline for all its machines, so it is best recorded on more than one: each measures with
 `pytest suites`, and their results files come together here. The same is refused as with `--update-baselines`, but run
-by run: one that the machine was not fit for, or that lies far out, is left out and told.
+by run: one that the machine was not fit for is left out and told, and so is a figure that lies far out.
 """
 
 from __future__ import annotations
@@ -72,9 +72,8 @@ def fit_runs(by_key: dict[Key, tuple[RunRecord, ...]], catalog: Catalog, told: l
     for index, one in enumerate(measured):
         positions = far.get(one.key.variant, {})
         for position, metrics in positions.items():
-            told.append(f"left out: {named(one.runs[position])}: {', '.join(metrics)} far from the others'")
-        kept = tuple(run for position, run in enumerate(one.runs) if position not in positions)
-        measured[index] = structs.replace(one, runs=kept, remeasured=frozenset(range(len(kept))))
+            told.append(f"left out: {', '.join(metrics)} of {named(one.runs[position])}: far from the others'")
+        measured[index] = structs.replace(one, left_out=positions, remeasured=frozenset(range(len(one.runs))))
     return measured
 
 

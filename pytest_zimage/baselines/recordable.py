@@ -32,6 +32,8 @@ class Measured(Struct, frozen=True, kw_only=True):
     """Metrics that the machine was not fit to be timed for, and why; the others are recorded."""
     remeasured: frozenset[int] = frozenset()
     """Positions in `runs` that are a second measurement already; the record-time gate lets them be."""
+    left_out: Mapping[int, tuple[str, ...]] = {}
+    """Position in `runs` -> metrics for which that run does not count."""
 
 
 def outlying_runs(measured: Sequence[Measured], catalog: Catalog) -> dict[str, dict[int, tuple[str, ...]]]:
@@ -45,7 +47,7 @@ def outlying_runs(measured: Sequence[Measured], catalog: Catalog) -> dict[str, d
             continue
         rounds = {}
         for one in measured:
-            samples = _samples(one, name) if name in one.metrics else []
+            samples = _samples(one.runs, name) if name in one.metrics else []
             if isinstance(samples, list) and samples and not any(sample.unavailable for sample in samples):
                 # A slower GPU among them is no outlier.
                 rounds[one.key.variant] = at_equal_speed(samples) or [sample.rounds for sample in samples]
@@ -93,11 +95,12 @@ def fresh_of(one: Measured, catalog: Catalog, name: str, outlying: Mapping[int, 
             f"unfit: {'; '.join(why)}",
             "repeat when the machine is quiet; if it stays like this, delete its baseline file and record anew",
         )
-    samples = _samples(one, name)
+    counted = tuple(run for position, run in enumerate(one.runs) if name not in one.left_out.get(position, ()))
+    samples = _samples(counted, name)
     if isinstance(samples, MeasurementError):
         return refused(samples.message, samples.mend)
     silent = [sample.unavailable for sample in samples if sample.unavailable]
-    if len(silent) == len(samples):
+    if silent and len(silent) == len(samples):
         return Merged(action="kept", reason=f"not measured: {silent[0]}")
     if silent:
         return refused(f"only some runs could say: {silent[0]}", "repeat")
@@ -110,13 +113,13 @@ def fresh_of(one: Measured, catalog: Catalog, name: str, outlying: Mapping[int, 
     return Fresh(
         metric=catalog.metrics[name],
         samples=tuple(samples),
-        recorded_at=tuple(run.started_at for run in one.runs),
+        recorded_at=tuple(run.started_at for run in counted),
     )
 
 
-def _samples(one: Measured, name: str) -> list[Sample] | MeasurementError:
+def _samples(runs: Sequence[RunRecord], name: str) -> list[Sample] | MeasurementError:
     try:
-        return [take(name, run) for run in one.runs]
+        return [take(name, run) for run in runs]
     except MeasurementError as error:
         return error
 
