@@ -17,10 +17,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import msgspec
 from pure_share import pure_s, wall_s
 
-from pytest_zimage.reports.results import Results
+from pytest_zimage.errors import ZImageError
+from pytest_zimage.reports.results import Results, read
 
 WANTED_SHARE = {2: 0.9, 4: 0.85}
 """Of as many times as there are GPUs."""
@@ -32,28 +32,33 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("one", type=Path, help="results of a session on one GPU")
     parser.add_argument("several", type=Path, help="results of a session on several of the same host")
     chosen = parser.parse_args(arguments)
-    one, several = (msgspec.json.decode(path.read_bytes(), type=Results) for path in (chosen.one, chosen.several))
-    if complaint := _not_comparable(one, several):
-        print(complaint, file=sys.stderr)
+    try:
+        one, several = read(chosen.one), read(chosen.several)
+    except ZImageError as error:
+        print(error, file=sys.stderr)
         return 2
-    speeds = [_say(results) for results in (one, several)]
-    gpus, ratio = len(_gpus(several)), speeds[1] / speeds[0]
-    wanted = gpus * WANTED_SHARE.get(gpus, _OTHERWISE)
-    differing = _differing(one, several)
-    for line in differing:
-        print(line)
-    print(
-        f"{gpus} GPUs: {ratio:.2f} times one (at least {wanted:.1f} wanted); {_agreement(one, several, len(differing))}"
-    )
+    gpus = _gpus(several)
+    if _gpus(one) != 1 or gpus < 2:
+        print(f"wanted runs of one GPU and of several, not of {_gpus(one)} and {gpus}", file=sys.stderr)
+        return 2
+    if _measured(one) != _measured(several):
+        print("these sessions did not measure the same variants of the same workload and files", file=sys.stderr)
+        return 2
+    alone, together = _say(one), _say(several)
+    ratio, wanted = together / alone, gpus * WANTED_SHARE.get(gpus, _OTHERWISE)
+    first, second = _verdicts(one), _verdicts(several)
+    judged = sorted(first.keys() | second.keys())
+    differing = [key for key in judged if first.get(key) != second.get(key)]
+    for key in differing:
+        told = [verdicts.get(key, "not judged") for verdicts in (first, second)]
+        print(f"{' '.join(key)}: {told[0]} on one GPU, {told[1]} on several")
+    same = f"{len(judged) - len(differing)} of {len(judged)} verdicts the same"
+    print(f"{gpus} GPUs: {ratio:.2f} times one (at least {wanted:.1f} wanted); {same}")
     return 0 if ratio >= wanted and not differing else 1
 
 
-def _not_comparable(one: Results, several: Results) -> str:
-    if len(_gpus(one)) != 1 or len(_gpus(several)) < 2:
-        return f"wanted runs of one GPU and of several, not of {len(_gpus(one))} and {len(_gpus(several))}"
-    if _measured(one) != _measured(several):
-        return "these sessions did not measure the same variants of the same workload and files"
-    return ""
+def _gpus(results: Results) -> int:
+    return len({run.environment.get("device_id", "") for run in results.runs})
 
 
 def _measured(results: Results) -> set[tuple[object, ...]]:
@@ -64,36 +69,16 @@ def _measured(results: Results) -> set[tuple[object, ...]]:
     }
 
 
-def _gpus(results: Results) -> set[str]:
-    return {run.environment.get("device_id", "") for run in results.runs}
-
-
 def _say(results: Results) -> float:
+    """Prints what a session got done, and returns it for each second of the session."""
     wall, pure = wall_s(results), sum(pure_s(run).total for run in results.runs)
-    gpus = len(_gpus(results))
-    print(
-        f"{gpus} GPU{'s' * (gpus > 1)}: {len(results.runs)} runs, {pure:.1f} s of loading and drawing in {wall:.1f} s"
-    )
+    gpus = f"{_gpus(results)} GPU{'s' * (_gpus(results) > 1)}"
+    print(f"{gpus}: {len(results.runs)} runs, {pure:.1f} s of loading and drawing in {wall:.1f} s")
     return pure / wall
 
 
 def _verdicts(results: Results) -> dict[tuple[str, str], str]:
     return {(row.variant, row.metric): row.verdict for row in results.verdicts}
-
-
-def _differing(one: Results, several: Results) -> list[str]:
-    first, second = _verdicts(one), _verdicts(several)
-    return [
-        f"{variant} {metric}: {first.get((variant, metric), 'not judged')} on one GPU, "
-        f"{second.get((variant, metric), 'not judged')} on several"
-        for variant, metric in sorted(first.keys() | second.keys())
-        if first.get((variant, metric)) != second.get((variant, metric))
-    ]
-
-
-def _agreement(one: Results, several: Results, differing: int) -> str:
-    judged = len(_verdicts(one).keys() | _verdicts(several).keys())
-    return f"{judged - differing} of {judged} verdicts the same"
 
 
 if __name__ == "__main__":

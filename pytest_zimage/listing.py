@@ -13,7 +13,7 @@ from pytest_zimage.baselines.sightings import FILE, Sighting, of_baseline, read_
 from pytest_zimage.baselines.store import Absent
 from pytest_zimage.baselines.update import centre
 from pytest_zimage.catalog import Role, Variant
-from pytest_zimage.checkpoints.folders import weight_files
+from pytest_zimage.checkpoints.folders import bytes_on_disk
 from pytest_zimage.errors import BaselineError, MissingFileError, UnsupportedError, ZImageError
 from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession, start
@@ -130,8 +130,7 @@ def _found(session: ZImageSession, role: Role, file_name: str) -> str:
         if session.model_set.managed:
             return f"{file_name}: written when a run first needs it"
         return f"{file_name}: {_wrong(error)}"
-    size = sum(file.stat().st_size for file in weight_files(path))
-    return f"{file_name}: found, {units.quantity(size, 'bytes')}: {path}"
+    return f"{file_name}: found, {units.quantity(bytes_on_disk(path), 'bytes')}: {path}"
 
 
 def _found_tokenizer(session: ZImageSession) -> str:

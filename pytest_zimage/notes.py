@@ -75,7 +75,7 @@ def _elsewhere(ours: ZImageSession) -> tuple[str, ...]:
     if not ours.settings.config or "machine" not in vars(ours):
         return ()
     lane = ours.machine.device_class.name
-    left_out = [v for v in ours.catalog.select(ours.settings.config) if v.lanes and lane not in v.lanes]
+    left_out = [v for v in ours.catalog.select(ours.settings.config) if not v.runs_on(lane)]
     return tuple(
         f"{v.name} was asked for and does not run on {lane}: its lanes are {', '.join(v.lanes)}" for v in left_out
     )

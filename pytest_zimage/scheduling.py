@@ -22,8 +22,9 @@ def spread(groups: Sequence[str], workers: int, weigh: Callable[[str], int]) -> 
         return []
     first, *others = groups
     weights = {group: weigh(group) for group in others}
-    light = sorted(others, key=weights.__getitem__)[: max(workers - 1, 0)]
-    return [first, *light, *sorted(filter(lambda group: group not in light, others), key=lambda group: -weights[group])]
+    light = sorted(others, key=weights.__getitem__)[: workers - 1]
+    rest = [group for group in others if group not in light]
+    return [first, *light, *sorted(rest, key=weights.__getitem__, reverse=True)]
 
 
 class GroupScheduling(LoadGroupScheduling):  # type: ignore[misc]
@@ -37,7 +38,6 @@ class GroupScheduling(LoadGroupScheduling):  # type: ignore[misc]
         """`weigh`: bytes that the variant of this name has to load, 0 if unknown."""
         super().__init__(config, log)
         self._weigh = weigh
-        self._is_spread = False
 
     def remove_node(self, node: WorkerController) -> str | None:
         """The test that `node` was running, if any; it is not run again, the rest of its group is."""
@@ -55,8 +55,7 @@ class GroupScheduling(LoadGroupScheduling):  # type: ignore[misc]
         for group, unit in list(self.workqueue.items()):
             if all(unit.values()):
                 del self.workqueue[group]
-        if not self._is_spread:
-            self._is_spread = True
+        if not any(self.assigned_work.values()):
             self._spread()
         if self.workqueue:
             super()._assign_work_unit(node)

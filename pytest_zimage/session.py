@@ -174,23 +174,9 @@ class ZImageSession:
         return repeated_options(self.config)
 
     def variants(self) -> list[Variant]:
-        """The variants asked for that this lane can run.
-
-        Raises `CatalogError` if there is none, and for one that was asked for by its whole name and cannot run here.
-        """
-        lane = self.machine.device_class.name
-        chosen = self.catalog.select(self.settings.config or self.engine.defaults.variants)
-        able = [variant for variant in chosen if not variant.lanes or lane in variant.lanes]
-        if not able:
-            names = ", ".join(variant.name for variant in chosen)
-            raise CatalogError(f"none of {names} runs on {lane}", mend="see the lanes of each in --zimage-list")
-        for variant in chosen:
-            if variant not in able and variant.name in self.settings.config:
-                raise CatalogError(
-                    f"{variant.name} does not run on {lane}: its lanes are {', '.join(variant.lanes)}",
-                    mend="a pattern or a tag leaves out what does not run here, and a note says so; a name does not",
-                )
-        return able
+        """The variants asked for that this lane can run; raises as `Catalog.select_on` does."""
+        asked = self.settings.config or self.engine.defaults.variants
+        return self.catalog.select_on(self.machine.device_class.name, asked)
 
     def key(self, variant: Variant) -> Key:
         return Key(

@@ -73,14 +73,13 @@ class XdistHooks:
 
     def _bytes_to_load(self, name: str) -> int:
         """Size of the files of the variant `name`; 0 if it is not known here, as on a controller without weights."""
-        from pytest_zimage.checkpoints.folders import weight_files
+        from pytest_zimage.checkpoints.folders import bytes_on_disk
         from pytest_zimage.errors import ZImageError
         from pytest_zimage.session import start
 
         try:
             ours = start(self._config)
-            files = ours.model_set.files(ours.catalog.variant(name)).values()
-            return sum(file.stat().st_size for path in files for file in weight_files(path))
+            return sum(map(bytes_on_disk, ours.model_set.files(ours.catalog.variant(name)).values()))
         except (ZImageError, OSError, pytest.UsageError):
             return 0
 

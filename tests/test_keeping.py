@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from pytest_zimage.engines import keeping
@@ -36,13 +38,13 @@ def test_keeps_every_image_in_the_order_drawn(tmp_path: Path) -> None:
 def test_does_not_wait_for_an_image_until_the_next_and_tells_it_only_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow, save = threading.Event(), keeping.save
+    slow, write_png = threading.Event(), keeping.write_png
 
-    def once_let(image: torch.Tensor, path: str) -> None:
+    def once_let(image: NDArray[np.uint8], path: Path) -> None:
         slow.wait()
-        save(image, path)
+        write_png(image, path)
 
-    monkeypatch.setattr(keeping, "save", once_let)
+    monkeypatch.setattr(keeping, "write_png", once_let)
     with Keeper() as keeper:
         keeper.keep(job(tmp_path, 0), pixels(0))
         assert keeper.kept == ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_zimage.catalog import load_catalog
+from pytest_zimage.checkpoints.folders import bytes_on_disk
 from pytest_zimage.checkpoints.modelset import open_model_set
 from pytest_zimage.scheduling import spread
 
@@ -33,9 +34,7 @@ def test_a_session_begins_with_the_reference_and_the_lightest(script, tiny):
     catalog = load_catalog()
     files = open_model_set("synthetic-tiny", catalog, cache=tiny.parent)
     sizes = {
-        name: sum(path.stat().st_size for path in files.files(catalog.variant(name)).values())
-        for name in BYTES
-        if name != "bf16"
+        name: sum(map(bytes_on_disk, files.files(catalog.variant(name)).values())) for name in BYTES if name != "bf16"
     }
     lightest = min(sizes, key=sizes.__getitem__)
     assert lightest != "fp8-cast", "it would be the second without any weighing"

@@ -63,6 +63,25 @@ class Catalog(Struct, frozen=True):
             )
         return left
 
+    def select_on(self, lane: str, patterns: Iterable[str]) -> list[Variant]:
+        """Those that `select` finds and that run on the device class `lane`.
+
+        Raises `CatalogError` as that does, if there is none, and for one that is named whole and does not run there.
+        """
+        given = list(patterns)
+        chosen = self.select(given)
+        able = [variant for variant in chosen if variant.runs_on(lane)]
+        if not able:
+            names = ", ".join(variant.name for variant in chosen)
+            raise CatalogError(f"none of {names} runs on {lane}", mend="see the lanes of each in --zimage-list")
+        for variant in chosen:
+            if variant.name in given and not variant.runs_on(lane):
+                raise CatalogError(
+                    f"{variant.name} does not run on {lane}: its lanes are {', '.join(variant.lanes)}",
+                    mend="a pattern or a tag leaves out what does not run here, and a note says so; a name does not",
+                )
+        return able
+
     def _named(self, pattern: str) -> list[str]:
         if not pattern.startswith("@"):
             if hits := fnmatch.filter(self.variants, pattern):

@@ -69,6 +69,10 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     lanes: tuple[str, ...] = ()
     """Device classes it may run on; empty means all."""
 
+    def runs_on(self, lane: str) -> bool:
+        """Whether it may run on the device class `lane`."""
+        return not self.lanes or lane in self.lanes
+
     def files(self) -> dict[Role, str]:
         """File name, or `NAME/` of a folder, by role."""
         files: dict[Role, str] = {

@@ -47,6 +47,11 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     return (*beside, *folder.glob(f"*{_INDEX_SUFFIX}"), *_shards(folder))
 
 
+def bytes_on_disk(path: Path) -> int:
+    """Bytes on disk of what loading `path` reads; raises as `weight_files` does."""
+    return sum(file.stat().st_size for file in weight_files(path))
+
+
 def read_weights(path: Path) -> Weights:
     """Read and check every header behind `path`.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pytest_zimage.catalog import ROLE_FOLDERS, Catalog, ModelDims, ModelFile, Role, Variant
-from pytest_zimage.checkpoints.folders import weight_files
+from pytest_zimage.checkpoints.folders import bytes_on_disk, weight_files
 from pytest_zimage.checkpoints.header import MAX_HEADER_BYTES
 from pytest_zimage.checkpoints.synthetic import MANIFEST, SET_NAMES, ensure_model_set, read_manifest, set_dims
 from pytest_zimage.checkpoints.tokenizers import find_tokenizer
@@ -101,7 +101,7 @@ class ModelSet:
         return [self.root / base for base in _BASES] if self.root is not None else []
 
     def _checked(self, path: Path) -> Path:
-        size = sum(file.stat().st_size for file in weight_files(path))
+        size = bytes_on_disk(path)
         recorded = self.recorded_bytes.get(path.name)
         if recorded is not None and size != recorded:
             raise CheckpointError(f"{path}: {size} bytes, where its record says {recorded}", mend=self._write_again())

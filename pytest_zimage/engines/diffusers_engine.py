@@ -14,7 +14,8 @@ from pytest_zimage.engines import faults
 from pytest_zimage.engines.clock import hold
 from pytest_zimage.engines.dispatch_faults import break_dispatch
 from pytest_zimage.engines.drawing import LoadedVariant
-from pytest_zimage.engines.keeping import Keeper, save
+from pytest_zimage.engines.keeping import Keeper
+from pytest_zimage.engines.png import write_png
 from pytest_zimage.engines.protocol import (
     Draw,
     DrawImages,
@@ -86,7 +87,7 @@ class DiffusersEngine:
             image, pixels = loaded.draw(clock, loaded.workload)
             rounds.append(image)
         if request.save:
-            save(pixels, request.save)
+            write_png(pixels.numpy(), Path(request.save))
         progress("image", request.rounds, request.rounds)
         return Drawn(tuple(rounds))
 
@@ -103,7 +104,7 @@ class DiffusersEngine:
         return self._ready().trace()
 
     def draw_images(self, request: DrawImages, say: Callable[[Progress], None]) -> DrawnImages:
-        """Draw and keep the images of `request`, untimed; raises as `draw` does. Each is told as soon as it is kept."""
+        """Draw and keep the images of `request`, untimed; raises as `draw` does. Each is told once it is kept."""
         loaded = self._ready()
         jobs = faults.misdirected(request.jobs, loaded.inject.quality)
         with Keeper() as keeper:

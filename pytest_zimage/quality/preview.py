@@ -19,13 +19,12 @@ _FORMATS = {".webp": "WEBP", ".jpg": "JPEG", ".png": "PNG"}
 _QUALITIES = (85, 70, 55, 40)
 _SHRINK = 0.75
 _SMALLEST = 32
-_THREADS = 8
 
 
 def make_previews(jobs: Sequence[PreviewJob], limit_bytes: int, side: int) -> tuple[Preview, ...]:
     """One preview a job, in their order, on as many cores as may be used; raises as `make_preview` does."""
     # One of a 1024x1024 image takes 0.2 s, in which Pillow does without Python's lock.
-    with ThreadPoolExecutor(min(usable_cores(), _THREADS)) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         return tuple(pool.map(lambda job: make_preview(job, limit_bytes, side), jobs))
 
 
