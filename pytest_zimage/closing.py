@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,8 +19,11 @@ from pytest_zimage.reports.results import ErrorRow, Results
 from pytest_zimage.reports.table import update_table, verdict_table
 from pytest_zimage.runbook import runs_in
 from pytest_zimage.session import ZImageSession, start
-from pytest_zimage.stash import SESSION
+from pytest_zimage.stash import PLACES, SESSION
 from pytest_zimage.xdist import is_worker, place_of
+
+if TYPE_CHECKING:
+    from pytest_zimage.verdict.model import Verdict
 
 _KEPT = 40
 """Folders of sessions, and of images by build."""
@@ -91,11 +94,17 @@ def save_part(config: pytest.Config) -> None:
 
 
 def merge(ours: ZImageSession, found: str) -> None:
-    """Take over what one of xdist's workers found."""
+    """Take over what one of xdist's workers found, in the order that one process would have found it in."""
     part = results_file.from_json(found.encode())
-    ours.verdicts.extend(part.verdicts)
-    ours.errors.extend(part.errors)
-    ours.updates.extend(part.updates)
+    places = ours.config.stash.get(PLACES, {})
+    variants = {test.rpartition("[")[2].removesuffix("]"): place for test, place in reversed(places.items())}
+
+    def place(row: Verdict | ErrorRow) -> int:
+        return places.get(row.test, len(places))
+
+    ours.verdicts = sorted((*ours.verdicts, *part.verdicts), key=place)
+    ours.errors = sorted((*ours.errors, *part.errors), key=place)
+    ours.updates = sorted((*ours.updates, *part.updates), key=lambda row: variants.get(row.variant, len(places)))
     ours.received.extend(run for run in part.runs if run not in ours.received)
     ours.notes = (*ours.notes, *part.notes)
 

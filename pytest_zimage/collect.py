@@ -6,6 +6,7 @@ import pytest
 
 from pytest_zimage import lanes
 from pytest_zimage.errors import ZImageError
+from pytest_zimage.groups import group_of
 from pytest_zimage.options.table import OPTIONS
 from pytest_zimage.session import start
 from pytest_zimage.xdist import refuse_collection
@@ -40,11 +41,12 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     session = start(metafunc.config)
     lane = _lane(metafunc.config)
     together = metafunc.config.pluginmanager.hasplugin("xdist")
+    images = metafunc.definition.get_closest_marker("zimage_images") is not None
     params = []
     for variant in session.variants():
         marks = [getattr(pytest.mark, lane)]
         if together:
-            marks.append(pytest.mark.xdist_group(variant.name))
+            marks.append(pytest.mark.xdist_group(group_of(variant.name, images=images)))
         params.append(pytest.param(variant.name, id=variant.name, marks=marks))
     metafunc.parametrize(_PARAMETER, params, indirect=True, scope="session")
 

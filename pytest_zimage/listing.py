@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,11 +11,10 @@ from msgspec import structs
 
 from pytest_zimage.baselines.schema import Key
 from pytest_zimage.baselines.sightings import FILE, Sighting, of_baseline, read_sightings
-from pytest_zimage.baselines.store import Absent
-from pytest_zimage.baselines.update import centre
 from pytest_zimage.catalog import Role, Variant
 from pytest_zimage.checkpoints.folders import bytes_on_disk
 from pytest_zimage.errors import BaselineError, MissingFileError, UnsupportedError, ZImageError
+from pytest_zimage.foreseen import run_duration
 from pytest_zimage.reports import units
 from pytest_zimage.session import ZImageSession, start
 
@@ -147,22 +147,7 @@ def _wrong(error: ZImageError) -> str:
 
 
 def _rough_time(session: ZImageSession, variant: Variant) -> str:
-    """Of one run, from what this device recorded or somebody published for it."""
-    seconds: dict[str, float] = {}
-    source = "recorded here"
-    for name in ("cold_load", "warm_latency"):
-        try:
-            found = session.store.find(session.key(variant), name)
-        except BaselineError as error:
-            return f"unknown: {error.message}"
-        if isinstance(found, Absent):
-            reference = session.store.published_reference(session.key(variant), name)
-            if reference is None:
-                return "unknown: nothing recorded on this device yet"
-            seconds[name], source = reference.published.mean, f"published for {reference.engine}"
-        else:
-            value = centre(found.metric)
-            assert isinstance(value, float)
-            seconds[name] = value
-    total = seconds["cold_load"] + session.settings.rounds * seconds["warm_latency"]
-    return f"{units.quantity(total, 's')} a run and the start of a process ({source})"
+    duration = run_duration(session, variant)
+    if math.isinf(duration.seconds):
+        return f"unknown: {duration.source}"
+    return f"{units.quantity(duration.seconds, 's')} a run and the start of a process ({duration.source})"

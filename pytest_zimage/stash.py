@@ -12,3 +12,5 @@ if TYPE_CHECKING:
 
 SESSION: pytest.StashKey[ZImageSession] = pytest.StashKey()
 FOLDER: pytest.StashKey[Path] = pytest.StashKey()
+PLACES: pytest.StashKey[dict[str, int]] = pytest.StashKey()
+"""Place of each test in the collection of xdist's workers, by node id."""

@@ -7,14 +7,16 @@ host share the session's folder; one that vanishes leaves there what it had foun
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_zimage.groups import without_group
 from pytest_zimage.outcomes import is_ours, plain_nodeid, xdist_group
+from pytest_zimage.stash import PLACES
 
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
@@ -67,21 +69,14 @@ class XdistHooks:
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
         if config.getoption("dist", "no") != "loadgroup":
             return None
+        from pytest_zimage.foreseen import weigh
         from pytest_zimage.scheduling import GroupScheduling
-
-        return GroupScheduling(config, log, self._bytes_to_load)
-
-    def _bytes_to_load(self, name: str) -> int:
-        """Size of the files of the variant `name`; 0 if it is not known here, as on a controller without weights."""
-        from pytest_zimage.checkpoints.folders import bytes_on_disk
-        from pytest_zimage.errors import ZImageError
         from pytest_zimage.session import start
 
-        try:
-            ours = start(self._config)
-            return sum(map(bytes_on_disk, ours.model_set.files(ours.catalog.variant(name)).values()))
-        except (ZImageError, OSError, pytest.UsageError):
-            return 0
+        return GroupScheduling(config, log, lambda name, images: weigh(start(config), name, images=images))
+
+    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
+        self._config.stash[PLACES] = {without_group(nodeid): place for place, nodeid in enumerate(ids)}
 
     def pytest_testnodedown(self, node: WorkerController, error: object) -> None:
         self._slots.get(host_of(node), {}).pop(node.gateway.id, None)

@@ -14,6 +14,9 @@ from pytest_zimage.quality.pixels import pixel_scorers
 from pytest_zimage.quality.protocol import Open, Ready
 from pytest_zimage.quality.scoring import Report, Scoring
 
+_THREADS = 8
+"""As many as torch may use unless told: with more, one that another process keeps waiting keeps all the others."""
+
 
 def open_scoring(request: Open, device_name: str, pid: int, import_s: float, progress: Report) -> tuple[Scoring, Ready]:
     """Load the scorers that `request` names; raises what their openers raise."""
@@ -21,8 +24,7 @@ def open_scoring(request: Open, device_name: str, pid: int, import_s: float, pro
     device = torch.device(device_name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError(f"the judge sees no device {device_name!r}", mend="let it run on the CPU")
-    if request.threads:
-        torch.set_num_threads(request.threads)
+    torch.set_num_threads(request.threads or min(torch.get_num_threads(), _THREADS))
     # TF32 would move scores by more than the gate's margin of error between two kinds of GPU.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

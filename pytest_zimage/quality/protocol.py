@@ -97,7 +97,7 @@ class Open(Struct, frozen=True, tag=True):
 
     choice: ScorerChoice
     threads: int = 0
-    """How many CPU threads scoring may use; 0: as many as torch chooses."""
+    """How many CPU threads scoring may use; 0: as many as torch chooses, and no more than eight."""
 
 
 class ScoreImages(Struct, frozen=True, tag=True):

@@ -96,8 +96,8 @@ class Scoring:
         compared: list[Comparison] = []
         for batch in _batches(pairs, _BATCH):
             progress("comparing images", len(compared), len(pairs))
-            images = [_read(pair.path, pair.pixels_sha256) for pair in batch]
-            references = [_read(pair.reference, pair.reference_sha256) for pair in batch]
+            images = list(self._pool.map(lambda pair: _read(pair.path, pair.pixels_sha256), batch))
+            references = list(self._pool.map(lambda pair: _read(pair.reference, pair.reference_sha256), batch))
             compared += self._compare(images, references)
         return tuple(compared)
 
@@ -106,7 +106,7 @@ class Scoring:
         if self._clip is None:
             raise UnsupportedError("controls need CLIPScore, which was not asked for", mend="name a CLIP model")
         names = [prompt.prompt for prompt in request.prompts]
-        images = [[_read(path) for path in prompt.paths] for prompt in request.prompts]
+        images = [list(self._pool.map(_read, prompt.paths)) for prompt in request.prompts]
         for prompt, drawn in zip(request.prompts, images, strict=True):
             if not drawn:
                 raise MeasurementError(f"controls of {prompt.prompt}: no image was given", mend="draw its images first")
