@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,12 +35,13 @@ def held(path: Path, waiting: str, progress: ReportProgress, mend: str = OTHER_C
 
 
 @contextmanager
-def disks(folder: Path, files: Iterable[Path], progress: ReportProgress) -> Iterator[None]:
-    """Hold every disk that one of `files` lies on; the locks are in `folder`.
+def disks(folder: Path, files: Iterable[Path], progress: ReportProgress, *, after_s: float = 0.0) -> Iterator[None]:
+    """Hold every disk that one of `files` lies on; the locks are in `folder`, and asked for after `after_s` seconds.
 
     Two loads at once share the disk's bandwidth, and one empties the page cache that the other has just filled, so the
     time of a cold load is only worth something while nobody else loads.
     """
+    time.sleep(after_s)
     devices = sorted({path.stat().st_dev for path in files})
     with ExitStack() as stack:
         for device in devices:

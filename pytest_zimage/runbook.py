@@ -80,6 +80,11 @@ class RunBook:
             runs.append(RunRecord.from_json(path.read_bytes()))
         return runs
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no run has ended yet."""
+        return not any(self._folder.glob("*.json"))
+
     def all(self) -> list[RunRecord]:
         """Every run of the session that succeeded, in the order they were made."""
         return runs_in(self._folder)

@@ -18,6 +18,7 @@ from pytest_zimage.engines.fit import FitPlan
 from pytest_zimage.engines.protocol import DrawImages, Hello, Injection, Loaded
 from pytest_zimage.errors import EngineError, UnsupportedError
 from pytest_zimage.locks import disks
+from pytest_zimage.planning import turn_s
 from pytest_zimage.probes import pagecache
 from pytest_zimage.probes.device import detect
 from pytest_zimage.runbook import RunBook, missing_from
@@ -279,6 +280,26 @@ def test_two_do_not_load_from_one_disk_at_once(tmp_path):
     other.join(10)
     assert done.is_set()
     assert len(list((tmp_path / "locks").iterdir())) == 1
+
+
+def test_at_the_start_the_disk_is_asked_for_in_the_order_of_the_slots(monkeypatch, tmp_path):
+    """Who has the least to load has the first slot; later nobody has to let another go first."""
+    book = RunBook(tmp_path / "runs", tmp_path / "device.lock")
+    pauses = []
+    monkeypatch.setattr("pytest_zimage.locks.time", SimpleNamespace(sleep=pauses.append))
+
+    def asks(**given):
+        config = SimpleNamespace(**({"workerinput": {"workerid": "gw", "zimage": given}} if given else {}))
+        after_s = turn_s(SimpleNamespace(config=config, book=book))
+        with disks(tmp_path / "locks", [tmp_path], lambda *_: None, after_s=after_s):
+            return pauses.pop()
+
+    place = {"workers": 3, "apart": False, "folder": ""}
+    first, second, third = (asks(slot=slot, **place) for slot in range(3))
+    assert 0 == first < second < third
+    assert asks() == 0, "one process alone waits for nobody"
+    (tmp_path / "runs" / "bf16-1.json").touch()
+    assert asks(slot=2, **place) == 0
 
 
 @pytest.mark.parametrize(
