@@ -6,7 +6,7 @@ import pytest
 from msgspec import structs
 
 from pytest_zimage.baselines.compare import compare
-from pytest_zimage.baselines.equal_speed import at_equal_speed
+from pytest_zimage.baselines.equal_speed import MULTIPLYING, at_equal_speed
 from pytest_zimage.baselines.schema import BaseRun, MetricBaseline
 from pytest_zimage.catalog import load_catalog
 from pytest_zimage.probes.fitness import CanaryFigures
@@ -79,13 +79,84 @@ def test_one_reading_of_the_canary_is_no_difference_between_runs():
     read = [CanaryFigures(matmul_tflops=tflops) for tflops in (780.0, 800.0)]
     fresh = [structs.replace(sample, canary=canary) for sample, canary in zip(samples(1.0, "b"), read, strict=False)]
     fresh = [structs.replace(sample, rounds=(1.0,)) for sample in fresh]
-    level = at_equal_speed(fresh, runs(1.0, "a"))
+    level = at_equal_speed(fresh, MULTIPLYING, runs(1.0, "a"))
     assert level is not None
     assert level[0] == level[1] == (pytest.approx((780 * 800) ** 0.5 / 800),)
 
 
 def test_rounds_of_one_gpu_are_left_alone():
-    assert at_equal_speed(runs(1.0, "a")) is None
-    level = at_equal_speed(runs(1.0, "a") + runs(0.5, "b"))
+    assert at_equal_speed(runs(1.0, "a"), MULTIPLYING) is None
+    level = at_equal_speed(runs(1.0, "a") + runs(0.5, "b"), MULTIPLYING)
     assert level is not None
     assert level[0] == pytest.approx(level[5])
+
+
+COLD = CATALOG.metrics["cold_load"]
+READ_S, REST_S = 12.0, 3.0
+
+
+def loads(gb_s: float | None, machine: str, read: float = 1.0) -> list[BaseRun]:
+    """Five cold loads from a disk of `gb_s`; reading takes `read` times what that gives at 1.5."""
+    found = []
+    for noise in QUIET:
+        read_s = READ_S * noise * read * 1.5 / (gb_s or 1.5)
+        found.append(
+            BaseRun(
+                rounds=(read_s + REST_S,),
+                recorded_at="2026-01-01",
+                emptied=True,
+                phases={"read": read_s, "build": REST_S},
+                device=machine,
+                disk_gb_s=gb_s,
+            )
+        )
+    return found
+
+
+def cold(new: list[BaseRun], base: list[BaseRun]):
+    fresh = [
+        Sample(rounds=r.rounds, phases=r.phases, emptied=True, device=r.device, disk_gb_s=r.disk_gb_s) for r in new[:3]
+    ]
+    return compare(COLD, fresh, MetricBaseline(unit="s", runs=tuple(base)), device=H200)
+
+
+@pytest.mark.parametrize("gb_s", [0.8, 1.2, 3.0])
+def test_another_disk_is_no_regression_and_no_improvement(gb_s):
+    found = cold(loads(gb_s, "b"), loads(1.5, "a"))
+    assert (found.outcome, round(found.speed, 3)) == ("pass", round(gb_s / 1.5, 3))
+    assert abs(found.change) < 0.01, "what is not reading is as it was"
+
+
+@pytest.mark.parametrize("gb_s", [0.8, 1.5, 3.0])
+def test_a_load_that_makes_less_of_another_disk_is_a_regression(gb_s):
+    found = cold(loads(gb_s, "b", read=1.6), loads(1.5, "a"))
+    assert found.outcome == "regression"
+    assert found.change == pytest.approx(0.6 * READ_S / (READ_S + REST_S), abs=0.01)
+
+
+def test_on_the_machine_that_recorded_it_a_slower_disk_is_a_slower_load():
+    found = cold(loads(0.8, "a"), loads(1.5, "a"))
+    assert (found.outcome, found.speed) == ("regression", None)
+
+
+@pytest.mark.parametrize(
+    ("new", "base"),
+    [
+        (loads(0.8, "b"), [structs.replace(run, disk_gb_s=None) for run in loads(1.5, "a")]),
+        ([structs.replace(run, disk_gb_s=None) for run in loads(0.8, "b")], loads(1.5, "a")),
+        (loads(0.8, "b"), [structs.replace(run, device="") for run in loads(1.5, "a")]),
+        (loads(0.8, "b"), [structs.replace(run, phases={}) for run in loads(1.5, "a")]),
+        (loads(3.0, "b"), [structs.replace(run, disk_gb_s=None) for run in loads(1.5, "a")]),
+    ],
+    ids=["baseline", "fresh", "machine", "phases", "faster"],
+)
+def test_without_knowing_both_disks_a_change_is_nobodys(new, base):
+    """One run says so: another one would tell no more."""
+    found = cold(new[:1], base)
+    assert (found.outcome, found.wants_more) == ("unfit", False)
+    assert "not known how fast its disk reads" in found.notes[0]
+
+
+def test_without_knowing_the_disks_a_load_within_the_band_passes():
+    found = cold(loads(1.5, "b"), [structs.replace(run, disk_gb_s=None) for run in loads(1.5, "a")])
+    assert found.outcome == "pass"

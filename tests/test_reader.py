@@ -17,7 +17,6 @@ from pytest_zimage.checkpoints.readahead import cut
 from pytest_zimage.checkpoints.reader import TensorReader
 from pytest_zimage.checkpoints.staging import Staging
 from pytest_zimage.errors import CheckpointError, UnsupportedError
-from pytest_zimage.probes import pagecache
 
 CPU = torch.device("cpu")
 
@@ -94,19 +93,6 @@ def test_one_staging_serves_file_after_file(path, tmp_path) -> None:
         with TensorReader(read_header(file), CPU, staging) as reader:
             found = {info.name: tensor for info, tensor in reader.read(read_header(file).tensors.values())}
         assert_same(found, load_file(file))
-
-
-def test_what_was_read_does_not_stay_in_the_page_cache(tmp_path) -> None:
-    """It would be in the way of the weights where device and host share their memory."""
-    file = tmp_path / "large.safetensors"
-    save_file({f"t{number}": torch.zeros(1 << 20, dtype=torch.uint8) for number in range(16)}, file)
-    if not pagecache.empty([file]).emptied:
-        pytest.skip("this file system does not let go of its pages")
-    assert file.read_bytes()
-    assert pagecache.residency([file]).residency == 1.0, "it is what reading leaves behind"
-    with staged(file, buffer_bytes=1 << 20) as reader:
-        assert len(list(reader.read(read_header(file).tensors.values()))) == 16
-    assert pagecache.residency([file]).residency < 0.5
 
 
 def test_nothing_wanted(path) -> None:

@@ -8,7 +8,7 @@ from statistics import median
 
 from msgspec import structs
 
-from pytest_zimage.baselines.equal_speed import at_equal_speed, relative_speed
+from pytest_zimage.baselines.equal_speed import READING, at_equal_speed, pace_of, relative_speed
 from pytest_zimage.baselines.schema import BaseRun, MetricBaseline, Published
 from pytest_zimage.baselines.store import Found, Neighbours
 from pytest_zimage.catalog.device_class import DeviceClass
@@ -23,6 +23,11 @@ from pytest_zimage.verdict.model import Judgement
 from pytest_zimage.verdict.noise import pooled_noise
 from pytest_zimage.verdict.rule import judge, judge_control
 
+_OTHER_DISK = (
+    "recorded on another machine, and of one of the two it is not known how fast its disk reads: the change may be the "
+    "disk's"
+)
+
 
 def compare(
     metric: Metric,
@@ -35,7 +40,8 @@ def compare(
 ) -> Judgement:
     """Judge the fresh samples so far, one a run, against `stored`.
 
-    `unfit` when a cold load's page cache was emptied on one side only. Raises `MeasurementError` when the baseline has
+    `unfit` when a cold load's page cache was emptied on one side only, and when it changed on another machine without
+    anybody knowing how fast both disks read. Raises `MeasurementError` when the baseline has
     the metric and this engine or machine cannot say it: a figure that vanished is not a pass.
     """
     if metric.kind not in ("sampled", "exact"):
@@ -56,12 +62,15 @@ def compare(
         return Judgement(outcome="unfit", k_new=len(samples), notes=(note,))
     constants = _constants(metric, stored, device, emptied, neighbours, max_runs)
     runs = _alike(stored.runs, emptied)
-    level = at_equal_speed(samples, runs) if runs else None
+    pace = pace_of(emptied)
+    level = at_equal_speed(samples, pace, runs) if runs else None
     if level is None:
         verdict = judge([sample.rounds for sample in samples], base, constants)
+        if pace is READING and runs and _beyond_band(verdict) and not _of_one_machine(samples, runs):
+            verdict = structs.replace(verdict, outcome="unfit", wants_more=False, notes=(_OTHER_DISK,))
     else:
-        verdict = judge(level, at_equal_speed(runs) or base, constants)
-        verdict = structs.replace(verdict, speed=relative_speed(samples, runs))
+        verdict = judge(level, at_equal_speed(runs, pace) or base, constants)
+        verdict = structs.replace(verdict, speed=relative_speed(samples, runs, pace))
     return structs.replace(verdict, notes=(*verdict.notes, *(neighbours.notes if neighbours else ())))
 
 
@@ -168,10 +177,18 @@ def _alike(runs: Sequence[BaseRun], emptied: bool | None) -> list[BaseRun]:
     return [run for run in runs if run.emptied == emptied]
 
 
+def _beyond_band(verdict: Judgement) -> bool:
+    return verdict.change is not None and verdict.band is not None and abs(verdict.change) > verdict.band
+
+
+def _of_one_machine(samples: Sequence[Sample], runs: Sequence[BaseRun]) -> bool:
+    return len({sample.device for sample in samples} | {run.device for run in runs}) == 1
+
+
 def _level_rounds(runs: Sequence[BaseRun], emptied: bool | None) -> Sequence[Sequence[float]]:
     """Of runs on several GPUs only what differs beside their speed is noise."""
     alike = _alike(runs, emptied)
-    return at_equal_speed(alike) or [run.rounds for run in alike]
+    return at_equal_speed(alike, pace_of(emptied)) or [run.rounds for run in alike]
 
 
 def _constants(

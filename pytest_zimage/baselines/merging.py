@@ -92,6 +92,7 @@ def _merge_sampled(current: MetricBaseline | None, fresh: Fresh, mode: Mode) -> 
             phases=sample.phases,
             canary=sample.canary,
             device=sample.device,
+            disk_gb_s=sample.disk_gb_s,
         )
         for sample, at in zip(fresh.samples, fresh.recorded_at, strict=True)
     )

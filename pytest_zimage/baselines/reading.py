@@ -117,6 +117,8 @@ def _check_metric(path: Path, name: str, stored: MetricBaseline, metrics: Mappin
             _positive(path, f"{where}.runs[{index}].rounds[{number}]", value)
         for phase, seconds in run.phases.items():
             _not_negative(path, f"{where}.runs[{index}].phases.{phase}", seconds)
+        if run.disk_gb_s is not None:
+            _positive(path, f"{where}.runs[{index}].disk_gb_s", run.disk_gb_s)
         for figure, value in (structs.asdict(run.canary) if run.canary else {}).items():
             if value is not None:
                 _positive(path, f"{where}.runs[{index}].canary.{figure}", value)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import Struct, structs
 
-from pytest_zimage.baselines.equal_speed import at_equal_speed
+from pytest_zimage.baselines.equal_speed import at_equal_speed, pace_of
 from pytest_zimage.baselines.merging import Fresh, Merged
 from pytest_zimage.baselines.schema import Key
 from pytest_zimage.catalog import Catalog
@@ -49,8 +49,9 @@ def outlying_runs(measured: Sequence[Measured], catalog: Catalog) -> dict[str, d
         for one in measured:
             samples = _samples(one.runs, name) if name in one.metrics else []
             if isinstance(samples, list) and samples and not any(sample.unavailable for sample in samples):
-                # A slower GPU among them is no outlier.
-                rounds[one.key.variant] = at_equal_speed(samples) or [sample.rounds for sample in samples]
+                # A slower GPU or disk among them is no outlier.
+                level = at_equal_speed(samples, pace_of(samples[0].emptied))
+                rounds[one.key.variant] = level or [sample.rounds for sample in samples]
         again = {one.key.variant: one.remeasured for one in measured}
         for variant, positions in runs_to_remeasure(rounds, metric).items():
             for position in positions:

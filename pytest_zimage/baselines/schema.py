@@ -46,7 +46,10 @@ class BaseRun(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
     canary: CanaryFigures | None = None
     """How fast the device was around the rounds, where it was timed."""
     device: str = ""
-    """Which GPU of its kind, as `device_id` of the environment has it; empty: not known."""
+    """Which GPU of its kind, as `device_id` of the environment has it, for a cold load which `machine`; empty: not
+    known."""
+    disk_gb_s: float | None = None
+    """Cold load only: how fast the disk read just before, 1e9 bytes a second, where it was timed."""
 
 
 class Published(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -17,10 +17,9 @@ from pytest_zimage.baselines.schema import BaseImages, Baseline, Key, MetricBase
 from pytest_zimage.baselines.writing import locked, to_bytes, write_atomically
 from pytest_zimage.catalog import Catalog
 from pytest_zimage.errors import BaselineError
+from pytest_zimage.verdict.metrics import MACHINE_ID
 
 _RECORD = '--zimage-config {} --update-baselines --update-mode new --update-reason "first of this variant"'
-MACHINE = "machine"
-"""Key of `Baseline.environment` that holds the fingerprint of the machine, in the machine layer."""
 
 
 class Found(Struct, frozen=True, kw_only=True):
@@ -99,7 +98,7 @@ class BaselineStore:
             )
         baseline = read_baseline(path, stored_key, self._catalog.metrics)
         if layer == "machine" and not self.is_ours(baseline):
-            theirs = baseline.environment.get(MACHINE, "an unnamed machine")
+            theirs = baseline.environment.get(MACHINE_ID, "an unnamed machine")
             return Absent(reason=f"{path} was recorded on another machine ({theirs}; this is {self._machine})")
         if metric not in baseline.metrics:
             if baseline.provenance.kind == "published":
@@ -220,7 +219,7 @@ class BaselineStore:
 
     def is_ours(self, baseline: Baseline) -> bool:
         """Whether this machine recorded it."""
-        return baseline.environment.get(MACHINE) == self._machine
+        return baseline.environment.get(MACHINE_ID) == self._machine
 
     def _only_published(self, folder: Path, key: Key) -> bool:
         """Whether every baseline of `folder` can be read and was printed, not measured."""
@@ -236,7 +235,7 @@ class BaselineStore:
     def _stamped(self, baseline: Baseline, layer: Layer) -> Baseline:
         if layer != "machine":
             return baseline
-        return structs.replace(baseline, environment={**baseline.environment, MACHINE: self._machine})
+        return structs.replace(baseline, environment={**baseline.environment, MACHINE_ID: self._machine})
 
     def _published(self, key: Key) -> Iterator[tuple[Path, Key]]:
         """Files of this device class, workload and variant, with the key that each claims and lies under."""

@@ -140,7 +140,6 @@ class ReadAhead:
                     buffer.wait()
                     blocked_s = time.perf_counter() - began
                     self._fill(fd, self._pieces[index], buffer.view)
-                    _forget(fd, self._pieces[index])
                     with self._changed:
                         self._blocked_s[index] = blocked_s
                         self._changed.notify_all()
@@ -174,16 +173,6 @@ class ReadAhead:
                 there = [part.tensor for part in piece.parts if part.offset + part.nbytes > done]
                 raise ends_within(self._path, there[0])
             done += count
-
-
-def _forget(fd: int, piece: Piece) -> None:
-    """Drop what was just read from the page cache.
-
-    Nobody reads it again; where device and host share their memory it would be in the way of what it was read for, and
-    to empty the cache of all at once, before the next load, takes seconds.
-    """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, piece.begin, piece.end - piece.begin, os.POSIX_FADV_DONTNEED)
 
 
 def ends_within(path: Path, tensor: TensorInfo) -> CheckpointError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -12,6 +11,7 @@ from typing import TypeVar
 from pytest_zimage.checkpoints.folders import weight_files
 from pytest_zimage.engines.base import Engine, ReportProgress, RunPlan
 from pytest_zimage.engines.client import WorkerClient
+from pytest_zimage.engines.coldfiles import ColdFiles
 from pytest_zimage.engines.compile_cache import compile_cache
 from pytest_zimage.engines.fit import guarding
 from pytest_zimage.engines.forking import ForkServer
@@ -35,7 +35,6 @@ from pytest_zimage.engines.protocol import (
 from pytest_zimage.engines.record import ColdLoad, RunRecord
 from pytest_zimage.engines.stages import Stages
 from pytest_zimage.errors import EngineError, MeasurementError
-from pytest_zimage.probes import pagecache
 from pytest_zimage.probes.leftover import DeviceUse
 
 Expected = TypeVar("Expected", Hello, Loaded, Drawn, DrawnImages, Reported, Traced, CanaryTimed)
@@ -62,21 +61,20 @@ class LocalEngine(Engine):
 
         with guarding(plan.fit, plan.gpu, progress) as guard, ExitStack() as stack:
             server = self._importing(plan)
-            # Beside the imports of the first run, and a later worker's start: neither reads any of these files.
-            with plan.reading(progress), ThreadPoolExecutor(1) as beside:
-                emptied = beside.submit(pagecache.empty, files)
+            with ColdFiles(files, plan.reading(progress)) as cold_files:
                 with stage("import"):
                     server.ready(plan.timeout_s, progress)
                 worker = stack.enter_context(self._worker(plan, progress))
-                with stage("page cache"):
-                    cache = emptied.result()
                 with stage("start"):
                     hello = _expect(Hello, worker.receive("import"))
                 _check_device(plan, hello)
+                with stage("page cache and disk"):
+                    cache, disk_gb_s = cold_files.ready()
                 loaded = ask(Loaded, _load_request(plan), "load")
-            first = ask(Drawn, Draw(rounds=1, first=True), "first image").rounds[0]
-            # Untimed, and so the image that warms up what the first one left cold.
-            traced = ask(Traced, Trace(), "trace")
+                cold_files.read()
+                first = ask(Drawn, Draw(rounds=1, first=True), "first image").rounds[0]
+                # Untimed, and so the image that warms up what the first one left cold.
+                traced = ask(Traced, Trace(), "trace")
             drawn, fitness = guard.timed(
                 lambda: ask(Drawn, Draw(rounds=plan.rounds), "rounds"),
                 worker=worker.pid,
@@ -103,6 +101,7 @@ class LocalEngine(Engine):
                 residency=cache.residency,
                 emptied=cache.emptied,
                 notes=cache.notes,
+                disk_gb_s=disk_gb_s,
                 fitness=guard.load,
             ),
             memory=memory,

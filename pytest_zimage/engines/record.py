@@ -26,6 +26,8 @@ class ColdLoad(Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
     fitness: Fitness | None = None
     """The machine before it began; None: this engine does not look."""
+    disk_gb_s: float | None = None
+    """1e9 bytes a second, by plain reading of some of the files just before (`probes.diskspeed`)."""
     unavailable: str = ""
     """Why this was no cold load and cannot be judged as one: a server that ran already and cannot unload."""
 

@@ -81,12 +81,13 @@ def throughput(verdict: Verdict) -> str:
 
 
 def equal_speed(verdict: Verdict) -> str:
-    """What is meant by the change, where it is between GPUs that are not equally fast."""
-    if verdict.speed is None or not isinstance(verdict.value, float | int):
+    """What is meant by the change, where it is between machines that are not equally fast."""
+    if verdict.speed is None or verdict.change is None or not isinstance(verdict.baseline, float | int):
         return ""
     much = f"{units.percent(abs(verdict.speed - 1)).lstrip('+')} {'faster' if verdict.speed > 1 else 'slower'}"
-    level = units.value(verdict.value * verdict.speed, verdict.unit)
-    return f"another GPU than recorded, multiplying {much}: compared at equal speed, as {level}"
+    other = "disk than recorded, reading" if verdict.metric == "cold_load" else "GPU than recorded, multiplying"
+    level = units.value(verdict.baseline * (1 + verdict.change), verdict.unit)
+    return f"another {other} {much}: compared at equal speed, as {level}"
 
 
 def unfit_lines(verdicts: Sequence[Verdict]) -> list[str]:
@@ -99,10 +100,10 @@ def unfit_lines(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def throughput_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """A line for each latency that has one, the variants one below the other."""
-    told = {verdict.variant: text for verdict in verdicts if (text := speed_text(verdict))}
-    width = max(map(len, told), default=0)
-    return (f"  {variant:<{width}}  {text}" for variant, text in told.items())
+    """A line for each time that has one, the variants one below the other."""
+    told = [(verdict.variant, text) for verdict in verdicts if (text := speed_text(verdict))]
+    width = max((len(variant) for variant, _ in told), default=0)
+    return (f"  {variant:<{width}}  {text}" for variant, text in told)
 
 
 def speed_text(verdict: Verdict) -> str:

@@ -29,7 +29,7 @@ _MARKS: dict[Outcome, str] = {
 }
 _NOUNS: tuple[Outcome, ...] = ("regression", "improvement", "error")
 """Outcomes that are counted as things; the others say what a verdict is."""
-_LEGEND = {"!": "! failed", "?": "? not judged", "+": "+ better", "*": "* injected", "~": "~ GPUs at equal speed"}
+_LEGEND = {"!": "! failed", "?": "? not judged", "+": "+ better", "*": "* injected", "~": "~ machines at equal speed"}
 _DROPPED_FIRST = ("noise", "finds", "95 % interval", "band", "baseline")
 _LEFT = ("variant", "metric", "verdict", "")
 _STAYED: tuple[Action, ...] = ("kept", "unchanged")

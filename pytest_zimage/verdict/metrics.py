@@ -14,6 +14,8 @@ from pytest_zimage.probes.fitness import CanaryFigures
 
 DEVICE_ID = "device_id"
 """Key of the environment: which GPU of its kind this is."""
+MACHINE_ID = "machine"
+"""Key of the environment: which machine this is."""
 
 
 class Sample(Struct, frozen=True, kw_only=True):
@@ -29,7 +31,9 @@ class Sample(Struct, frozen=True, kw_only=True):
     canary: CanaryFigures | None = None
     """How fast the device was around the rounds, where it was timed."""
     device: str = ""
-    """Which GPU of its kind took the rounds; empty where there is none, or it is not known."""
+    """Which GPU of its kind took the rounds, for a cold load which machine; empty where that is not known."""
+    disk_gb_s: float | None = None
+    """Cold load only: how fast the disk read just before, where it was timed."""
     notes: tuple[str, ...] = ()
     """What to know of how it was taken."""
     unavailable: str = ""
@@ -83,7 +87,14 @@ def _cold_load(record: RunRecord) -> Sample:
         return Sample(unavailable=record.cold.unavailable)
     total = _positive(record, "cold_load", record.cold.total_s)
     cold = record.cold
-    return Sample(rounds=(total,), phases=dict(cold.phases_s), emptied=cold.emptied, notes=cold.notes)
+    return Sample(
+        rounds=(total,),
+        phases=dict(cold.phases_s),
+        emptied=cold.emptied,
+        device=record.environment.get(MACHINE_ID, ""),
+        disk_gb_s=cold.disk_gb_s,
+        notes=cold.notes,
+    )
 
 
 def _rss_peak(record: RunRecord) -> Sample:

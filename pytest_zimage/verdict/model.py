@@ -44,8 +44,8 @@ class Judgement(Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
     scale: Scale = "relative"
     speed: float | None = None
-    """How fast the GPUs of the new runs multiply, those of the baseline being 1, where they are others: it is taken out
-    of `value`, `change` and `noise`. None: compared as they are."""
+    """How fast the GPUs of the new runs multiply, or for a cold load their disks read, those of the baseline being 1,
+    where they are others: it is taken out of `value`, `change` and `noise`. None: compared as they are."""
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
@@ -90,8 +90,8 @@ class Verdict(Struct, frozen=True, kw_only=True):
     """Of change, interval, band, noise and mde: `relative` are ratios, `absolute` is the metric's own unit, and what
     k_base and k_new count are then pairs of images."""
     speed: float | None = None
-    """How fast this GPU multiplies, those of the baseline being 1, where they are others: `change`, `interval` and
-    `noise` are then at equal speed, `value` and `samples` as measured."""
+    """How fast this GPU multiplies, or for a cold load this disk reads, those of the baseline being 1, where they are
+    others: `change`, `interval` and `noise` are then at equal speed, `value` and `samples` as measured."""
     limits: tuple[float | None, float | None] | None = None
     """Lowest and highest value of this metric that can be, in its unit; None where it has no such bound."""
     claim: str = ""
