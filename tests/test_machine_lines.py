@@ -55,6 +55,16 @@ def test_every_report_of_a_latency_has_it(outcome):
     assert line == "  speed       0.47 PFLOP an image, 461 TFLOP/s, 58 % of this GPU's bf16 matmul (790)"
 
 
+def test_a_load_from_another_disk_says_what_it_was_compared_as():
+    slower = latency(
+        metric="cold_load", flops_per_image=None, value=22.0, baseline=15.0, change=0.02, speed=0.6, ceiling_tflops=None
+    )
+    (line,) = throughput_lines([slower])
+    assert line == "  bf16  another disk than recorded, reading 40.0 % slower: compared at equal speed, as 15.3 s"
+    assert "another disk" in delta_text(slower)
+    assert list(throughput_lines([latency(), slower])) == [*throughput_lines([latency()]), line], "each has its own"
+
+
 def test_the_summary_has_one_line_a_variant():
     rows = [latency(), latency(metric="cold_load", flops_per_image=None), latency(variant="nvfp4-fp8e", value=1.2)]
     assert [line.split("  ")[1] for line in throughput_lines(rows)] == ["bf16", "nvfp4-fp8e"]
