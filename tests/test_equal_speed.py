@@ -127,11 +127,23 @@ def test_another_disk_is_no_regression_and_no_improvement(gb_s):
     assert abs(found.change) < 0.01, "what is not reading is as it was"
 
 
-@pytest.mark.parametrize("gb_s", [0.8, 1.5, 3.0])
+@pytest.mark.parametrize("gb_s", [0.8, 1.5, 1.6])
 def test_a_load_that_makes_less_of_another_disk_is_a_regression(gb_s):
     found = cold(loads(gb_s, "b", read=1.6), loads(1.5, "a"))
     assert found.outcome == "regression"
     assert found.change == pytest.approx(0.6 * READ_S / (READ_S + REST_S), abs=0.01)
+
+
+def test_a_load_that_takes_no_longer_on_a_faster_disk_is_nobodys_fault():
+    """The software may be slower, or the disk not what limits it: no alarm and no pass."""
+    found = cold(loads(3.0, "b", read=2.0)[:1], loads(1.5, "a"))
+    assert (found.outcome, found.wants_more) == ("unfit", False)
+    assert "makes less of its disk" in found.notes[0]
+
+
+def test_a_load_that_takes_no_longer_on_a_slower_disk_is_no_improvement():
+    found = cold(loads(0.75, "b", read=0.5)[:1], loads(1.5, "a"))
+    assert found.outcome == "pass"
 
 
 def test_on_the_machine_that_recorded_it_a_slower_disk_is_a_slower_load():

@@ -23,9 +23,13 @@ from pytest_zimage.verdict.model import Judgement
 from pytest_zimage.verdict.noise import pooled_noise
 from pytest_zimage.verdict.rule import judge, judge_control
 
-_OTHER_DISK = (
+_UNKNOWN_DISK = (
     "recorded on another machine, and of one of the two it is not known how fast its disk reads: the change may be the "
     "disk's"
+)
+_FASTER_DISK = (
+    "recorded on another machine, whose disk is slower: this load took no longer, but makes less of its disk; whether "
+    "that is the software or what else limits a load cannot be told"
 )
 
 
@@ -40,9 +44,9 @@ def compare(
 ) -> Judgement:
     """Judge the fresh samples so far, one a run, against `stored`.
 
-    `unfit` when a cold load's page cache was emptied on one side only, and when it changed on another machine without
-    anybody knowing how fast both disks read. Raises `MeasurementError` when the baseline has
-    the metric and this engine or machine cannot say it: a figure that vanished is not a pass.
+    `unfit` when a cold load's page cache was emptied on one side only, and when it changed on another machine and the
+    disks may have done it. Raises `MeasurementError` when the baseline has the metric and this engine or machine cannot
+    say it: a figure that vanished is not a pass.
     """
     if metric.kind not in ("sampled", "exact"):
         raise MeasurementError(
@@ -64,13 +68,12 @@ def compare(
     runs = _alike(stored.runs, emptied)
     pace = pace_of(emptied)
     level = at_equal_speed(samples, pace, runs) if runs else None
-    if level is None:
-        verdict = judge([sample.rounds for sample in samples], base, constants)
-        if pace is READING and runs and _beyond_band(verdict) and not _of_one_machine(samples, runs):
-            verdict = structs.replace(verdict, outcome="unfit", wants_more=False, notes=(_OTHER_DISK,))
-    else:
+    verdict = as_timed = judge([sample.rounds for sample in samples], base, constants)
+    if level is not None:
         verdict = judge(level, at_equal_speed(runs, pace) or base, constants)
         verdict = structs.replace(verdict, speed=relative_speed(samples, runs, pace))
+    if pace is READING and runs and not _of_one_machine(samples, runs):
+        verdict = _of_another_disk(as_timed, None if level is None else verdict)
     return structs.replace(verdict, notes=(*verdict.notes, *(neighbours.notes if neighbours else ())))
 
 
@@ -177,8 +180,29 @@ def _alike(runs: Sequence[BaseRun], emptied: bool | None) -> list[BaseRun]:
     return [run for run in runs if run.emptied == emptied]
 
 
-def _beyond_band(verdict: Judgement) -> bool:
-    return verdict.change is not None and verdict.band is not None and abs(verdict.change) > verdict.band
+def _of_another_disk(as_timed: Judgement, at_level: Judgement | None) -> Judgement:
+    """What may be said of a cold load `as_timed` on another machine than recorded; `at_level`: at equal speed.
+
+    Not every load is limited by its disk: where one disk is faster and the load is not, equal speed makes it look slow,
+    and where one is slower and the load is not, fast.
+    """
+    slower, faster = _beyond_band(as_timed)
+    if at_level is None:
+        unknown = structs.replace(as_timed, outcome="unfit", wants_more=False, notes=(_UNKNOWN_DISK,))
+        return unknown if slower or faster else as_timed
+    slower_at_level, faster_at_level = _beyond_band(at_level)
+    if slower_at_level and not slower:
+        return structs.replace(at_level, outcome="unfit", wants_more=False, notes=(_FASTER_DISK,))
+    if faster_at_level and not faster:
+        return structs.replace(at_level, outcome="pass", wants_more=False)
+    return at_level
+
+
+def _beyond_band(verdict: Judgement) -> tuple[bool, bool]:
+    """Whether it is slower by more than the band, and whether it is faster."""
+    assert verdict.change is not None
+    assert verdict.band is not None
+    return verdict.change > verdict.band, verdict.change < -verdict.band
 
 
 def _of_one_machine(samples: Sequence[Sample], runs: Sequence[BaseRun]) -> bool:

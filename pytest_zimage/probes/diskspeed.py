@@ -1,7 +1,7 @@
 """How fast the disk gives what lies on it: some of a large file by plain buffered reading, with an empty page cache.
 
-Disks of one kind of machine differ, and a rented one differs from hour to hour: bf16's 20 GB were loaded in 13 to 27 s
-on H200s. A load is mostly reading, so its time says little of the software unless the disk's own speed is known.
+Disks of one kind of machine differ, and a rented one differs from hour to hour: those of H200s gave the same files at
+1.3 to 2.9 GB/s. A load is mostly reading, so its time says little of the software unless the disk's speed is known.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from pytest_zimage.quality.protocol import Open, Ready
 from pytest_zimage.quality.scoring import Report, Scoring
 
 _THREADS = 8
-"""As many as torch may use unless told: with more, one that another process keeps waiting keeps all the others."""
+"""As many as torch may use unless told: LPIPS of a 1024x1024 image took 0.12 s with 8 of 32 cores and 0.07 s with all,
+which those that load and draw beside it need too."""
 
 
 def open_scoring(request: Open, device_name: str, pid: int, import_s: float, progress: Report) -> tuple[Scoring, Ready]:
