@@ -169,6 +169,15 @@ def test_without_knowing_both_disks_a_change_is_nobodys(new, base):
     assert "not known how fast its disk reads" in found.notes[0]
 
 
+def test_runs_that_say_how_fast_their_disk_was_are_enough():
+    """A baseline is extended run by run; those of an older release do not say, and were on a disk of any speed."""
+    older = [structs.replace(run, disk_gb_s=None, device="") for run in loads(0.9, "z")]
+    found = cold(loads(0.8, "b"), older + loads(1.5, "a"))
+    assert (found.outcome, found.k_base) == ("pass", 5)
+    assert cold(loads(0.8, "b", read=1.6), older + loads(1.5, "a")).outcome == "regression"
+    assert cold(loads(0.8, "b"), older + loads(1.5, "a")[:2]).speed is None, "two are too few"
+
+
 def test_without_knowing_the_disks_a_load_within_the_band_passes():
     found = cold(loads(1.5, "b"), [structs.replace(run, disk_gb_s=None) for run in loads(1.5, "a")])
     assert found.outcome == "pass"

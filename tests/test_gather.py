@@ -43,9 +43,9 @@ def two_machines(script, results):
     return make
 
 
-def gather(script, files):
+def gather(script, files, *more):
     folder = script.project.path / "gathered"
-    status = main([*files, "--baselines", str(folder), "--reason", "two machines"])
+    status = main([*files, "--baselines", str(folder), "--reason", "two machines", *more])
     path = folder / H200
     if not path.is_file():
         return status, []
@@ -78,6 +78,22 @@ def test_a_figure_that_lies_far_out_is_left_out_and_the_run_counts_for_the_rest(
     counted = {name: len(stored[name]["runs"]) for name in ("warm_latency", "cold_load", "rss_peak", "working_set")}
     assert counted == {"warm_latency": 6, "cold_load": 6, "rss_peak": 5, "working_set": 5}
     assert "left out: rss_peak, working_set of bf16 of 2026-01-01" in capsys.readouterr().out
+
+
+def test_one_metric_alone_leaves_the_others_as_they_are(script, two_machines):
+    files = two_machines()
+    path = script.project.path / "gathered" / H200
+    assert gather(script, files, "--metric", "cold_load") == (0, [])
+    assert set(json.loads(path.read_text())["metrics"]) == {"cold_load"}
+    gather(script, files)
+    before = json.loads(path.read_text())["metrics"]
+    assert gather(script, files[:1], "--metric", "cold_load", "--mode", "extend")[0] == 0
+    after = json.loads(path.read_text())["metrics"]
+    assert len(after["cold_load"]["runs"]) == len(before["cold_load"]["runs"]) + 3
+    assert {name: one | {"environment": {}} for name, one in after.items() if name != "cold_load"} == {
+        name: one | {"environment": {}} for name, one in before.items() if name != "cold_load"
+    }
+    assert str(after["rss_peak"]).count(".0") == str(before["rss_peak"]).count(".0") > 0, "byte by byte"
 
 
 def test_fewer_than_five_fit_runs_are_refused(script, two_machines, capsys):

@@ -31,6 +31,8 @@ _FASTER_DISK = (
     "recorded on another machine, whose disk is slower: this load took no longer, but makes less of its disk; whether "
     "that is the software or what else limits a load cannot be told"
 )
+_ENOUGH = 3
+"""Runs that say how fast their machine was, below which the noise of a single one would be taken for the baseline."""
 
 
 def compare(
@@ -67,11 +69,13 @@ def compare(
     constants = _constants(metric, stored, device, emptied, neighbours, max_runs)
     runs = _alike(stored.runs, emptied)
     pace = pace_of(emptied)
-    level = at_equal_speed(samples, pace, runs) if runs else None
+    # Of a baseline that grew over time the older runs may not say; if enough others do, these are compared.
+    paced = [run for run in runs if pace.of(run)]
+    level = at_equal_speed(samples, pace, paced) if len(paced) >= _ENOUGH else None
     verdict = as_timed = judge([sample.rounds for sample in samples], base, constants)
     if level is not None:
-        verdict = judge(level, at_equal_speed(runs, pace) or base, constants)
-        verdict = structs.replace(verdict, speed=relative_speed(samples, runs, pace))
+        verdict = judge(level, at_equal_speed(paced, pace) or [run.rounds for run in paced], constants)
+        verdict = structs.replace(verdict, speed=relative_speed(samples, paced, pace))
     if pace is READING and runs and not _of_one_machine(samples, runs):
         verdict = _of_another_disk(as_timed, None if level is None else verdict)
     return structs.replace(verdict, notes=(*verdict.notes, *(neighbours.notes if neighbours else ())))
@@ -211,8 +215,8 @@ def _of_one_machine(samples: Sequence[Sample], runs: Sequence[BaseRun]) -> bool:
 
 def _level_rounds(runs: Sequence[BaseRun], emptied: bool | None) -> Sequence[Sequence[float]]:
     """Of runs on several GPUs only what differs beside their speed is noise."""
-    alike = _alike(runs, emptied)
-    return at_equal_speed(alike, pace_of(emptied)) or [run.rounds for run in alike]
+    alike, pace = _alike(runs, emptied), pace_of(emptied)
+    return at_equal_speed([run for run in alike if pace.of(run)], pace) or [run.rounds for run in alike]
 
 
 def _constants(

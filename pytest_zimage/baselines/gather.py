@@ -56,8 +56,10 @@ def unfit(run: RunRecord) -> tuple[str, ...]:
     return tuple(dict.fromkeys(reason for fitness in seen if fitness is not None for reason in fitness.reasons))
 
 
-def fit_runs(by_key: dict[Key, tuple[RunRecord, ...]], catalog: Catalog, told: list[str]) -> list[Measured]:
-    """What may be recorded; each run that may not be joins `told`, with the reason."""
+def fit_runs(
+    by_key: dict[Key, tuple[RunRecord, ...]], catalog: Catalog, metrics: tuple[str, ...], told: list[str]
+) -> list[Measured]:
+    """What may be recorded of `metrics`; each run that may not be joins `told`, with the reason."""
     measured = []
     for key, runs in by_key.items():
         fit = []
@@ -67,12 +69,12 @@ def fit_runs(by_key: dict[Key, tuple[RunRecord, ...]], catalog: Catalog, told: l
             else:
                 fit.append(run)
         rounds = max((len(run.rounds) for run in fit), default=0)
-        measured.append(Measured(key=key, runs=tuple(fit), metrics=measurable(), rounds_asked=rounds))
+        measured.append(Measured(key=key, runs=tuple(fit), metrics=metrics, rounds_asked=rounds))
     far = outlying_runs(measured, catalog)
     for index, one in enumerate(measured):
         positions = far.get(one.key.variant, {})
-        for position, metrics in positions.items():
-            told.append(f"left out: {', '.join(metrics)} of {named(one.runs[position])}: far from the others'")
+        for position, far_out in positions.items():
+            told.append(f"left out: {', '.join(far_out)} of {named(one.runs[position])}: far from the others'")
         measured[index] = structs.replace(one, left_out=positions, remeasured=frozenset(range(len(one.runs))))
     return measured
 
@@ -82,14 +84,21 @@ def named(run: RunRecord) -> str:
 
 
 def gather(
-    files: Sequence[Path], store: BaselineStore, catalog: Catalog, *, mode: Mode, reason: str, told: list[str]
+    files: Sequence[Path],
+    store: BaselineStore,
+    catalog: Catalog,
+    *,
+    metrics: tuple[str, ...],
+    mode: Mode,
+    reason: str,
+    told: list[str],
 ) -> list[UpdateResult]:
-    """Record the runs of results `files`; raises `ZImageError` for a file that is none."""
+    """Record `metrics` of the runs of results `files`; raises `ZImageError` for a file that is none."""
     runs = [run for path in files for run in read(path).runs]
     return update_baselines(
         store,
         catalog,
-        fit_runs(gathered(runs), catalog, told),
+        fit_runs(gathered(runs), catalog, metrics, told),
         mode=mode,
         reason=reason,
         recorded_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -102,6 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--baselines", type=Path, required=True, help="folder of the stored baselines")
     parser.add_argument("--reason", required=True, help="why the numbers change")
     parser.add_argument("--mode", choices=get_args(Mode), default="replace")
+    parser.add_argument(
+        "--metric", choices=measurable(), action="append", default=[], help="record this one; default: all of a run"
+    )
     parser.add_argument("--catalog", type=Path, action="append", default=[], help="a TOML file of your own")
     options = parser.parse_args(arguments)
     told: list[str] = []
@@ -109,7 +121,15 @@ def main(arguments: list[str] | None = None) -> int:
         catalog = load_catalog(options.catalog)
         local = options.baselines.parent / ".zimage" / "baselines"
         store = BaselineStore(options.baselines, local, catalog=catalog, machine=machine_fingerprint())
-        results = gather(options.results, store, catalog, mode=options.mode, reason=options.reason, told=told)
+        results = gather(
+            options.results,
+            store,
+            catalog,
+            metrics=tuple(options.metric) or measurable(),
+            mode=options.mode,
+            reason=options.reason,
+            told=told,
+        )
     except ZImageError as error:
         print(error, file=sys.stderr)
         return 1

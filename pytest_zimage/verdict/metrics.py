@@ -128,7 +128,8 @@ def _size(record: RunRecord, metric: str, size: float | None, otherwise: str) ->
     if size is None:
         # An engine that tells no reason by metric tells it among its notes.
         return Sample(unavailable=("" if record.memory.unavailable else "; ".join(record.memory.notes)) or otherwise)
-    return Sample(rounds=(_positive(record, metric, size),))
+    # As a stored one is read again, so that a file rewritten for another metric does not change here.
+    return Sample(rounds=(float(_positive(record, metric, size)),))
 
 
 def _disk_bytes(record: RunRecord) -> Sample:
