@@ -9,6 +9,8 @@ import pytest
 
 from pytest_zimage.engines import coldfiles
 from pytest_zimage.engines.coldfiles import ColdFiles
+from pytest_zimage.errors import MeasurementError
+from pytest_zimage.locks import disks
 from pytest_zimage.probes import pagecache
 from pytest_zimage.probes.diskspeed import read_gb_s
 from pytest_zimage.probes.pagecache import CacheState
@@ -17,17 +19,27 @@ MIB = 1 << 20
 
 
 class Disk:
-    """What happens to scripted files; emptying waits for `may_empty`."""
+    """What happens to scripted files; holding waits for `may_hold`, and emptying for `may_empty`."""
 
     def __init__(self, monkeypatch, emptied=True, gb_s=1.5):
         self.events = []
-        self.may_empty = threading.Event()
+        self.said = []
+        self.may_hold, self.may_empty = threading.Event(), threading.Event()
+        self.may_hold.set()
         self.may_empty.set()
-        self.freed = threading.Event()
+        self.asked, self.freed = threading.Event(), threading.Event()
         self._state = CacheState(residency=0.0 if emptied else 0.9, emptied=emptied)
         self._gb_s = gb_s
         monkeypatch.setattr(coldfiles.pagecache, "empty", self._empty)
         monkeypatch.setattr(coldfiles.diskspeed, "read_gb_s", self._time)
+
+    @property
+    def files(self):
+        return ColdFiles([], self._reading, lambda stage, done, total: self._progress(stage))
+
+    def _progress(self, stage):
+        self.said.append(stage)
+        self.may_hold.set()
 
     def _empty(self, files):
         assert self.may_empty.wait(10)
@@ -39,7 +51,11 @@ class Disk:
         return self._gb_s
 
     @contextmanager
-    def reading(self):
+    def _reading(self, progress):
+        if not self.may_hold.is_set():
+            progress("waiting for the disk", 0, 0)
+        self.asked.set()
+        assert self.may_hold.wait(10)
         self.events.append("held")
         yield
         self.events.append("free")
@@ -48,9 +64,11 @@ class Disk:
 
 def test_the_disk_is_timed_with_an_empty_page_cache_and_leaves_it_so(monkeypatch):
     disk = Disk(monkeypatch)
-    with ColdFiles([], disk.reading()) as files:
+    with disk.files as files:
+        files.hold()
         assert files.ready() == (CacheState(residency=0.0, emptied=True), 1.5)
         assert disk.events == ["held", "emptied", "timed", "emptied"]
+    assert disk.said == []
 
 
 @pytest.mark.parametrize(
@@ -60,14 +78,27 @@ def test_the_disk_is_timed_with_an_empty_page_cache_and_leaves_it_so(monkeypatch
 )
 def test_where_it_cannot_be_timed_it_is_not(monkeypatch, emptied, gb_s, expected):
     disk = Disk(monkeypatch, emptied, gb_s)
-    with ColdFiles([], disk.reading()) as files:
+    with disk.files as files:
+        files.hold()
         assert files.ready()[1] is None
         assert disk.events == expected
 
 
+def test_a_disk_that_another_process_loads_from_is_waited_for_and_that_is_said(monkeypatch):
+    disk = Disk(monkeypatch)
+    disk.may_hold.clear()
+    with disk.files as files:
+        assert disk.asked.wait(10), "beside what its user does until then"
+        assert disk.said == []
+        files.hold()
+        assert set(disk.said) == {"waiting for the disk"}
+        assert disk.events[0] == "held"
+
+
 def test_once_read_the_files_are_dropped_and_others_may_load_while_the_first_image_is_drawn(monkeypatch):
     disk = Disk(monkeypatch)
-    with ColdFiles([], disk.reading()) as files:
+    with disk.files as files:
+        files.hold()
         files.ready()
         disk.events.clear()
         disk.may_empty.clear()
@@ -80,16 +111,47 @@ def test_once_read_the_files_are_dropped_and_others_may_load_while_the_first_ima
 
 def test_what_is_timed_next_begins_when_that_is_done(monkeypatch):
     disk = Disk(monkeypatch)
-    with ColdFiles([], disk.reading()) as files:
+    with disk.files as files:
+        files.hold()
+        files.ready()
         files.read()
-    assert disk.events == ["held", "emptied", "emptied", "free"]
+    assert disk.events[-2:] == ["emptied", "free"]
+
+
+def fails(disk, when):
+    """A run that ends in an error as soon as `when` says so."""
+    with disk.files as files:
+        when(files)
+        raise ValueError("broken")
 
 
 def test_a_load_that_fails_lets_others_load(monkeypatch):
     disk = Disk(monkeypatch)
-    with pytest.raises(ValueError, match="broken"), ColdFiles([], disk.reading()):
-        raise ValueError("broken")
+    with pytest.raises(ValueError, match="broken"):
+        fails(disk, lambda files: files.hold())
     assert disk.events == ["held", "emptied", "free"]
+
+
+def test_who_fails_before_waits_for_no_other_process_and_touches_nothing_of_it(monkeypatch):
+    disk = Disk(monkeypatch)
+    disk.may_hold.clear()
+    with pytest.raises(ValueError, match="broken"):
+        fails(disk, lambda files: disk.asked.wait(10))
+    assert disk.events == []
+    disk.may_hold.set()
+    assert disk.freed.wait(10)
+    assert disk.events == ["held", "free"], "another may be reading the same files"
+
+
+def test_a_disk_that_cannot_be_held_is_told(monkeypatch, tmp_path):
+    (tmp_path / "locks").write_text("no folder")
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"0")
+    with (
+        pytest.raises(MeasurementError, match="cannot be written"),
+        ColdFiles([weights], lambda say: disks(tmp_path / "locks", [weights], say), lambda *_: None) as files,
+    ):
+        files.hold()
 
 
 @pytest.fixture

@@ -61,13 +61,15 @@ class LocalEngine(Engine):
 
         with guarding(plan.fit, plan.gpu, progress) as guard, ExitStack() as stack:
             server = self._importing(plan)
-            with ColdFiles(files, plan.reading(progress)) as cold_files:
+            with ColdFiles(files, plan.reading, progress) as cold_files:
                 with stage("import"):
                     server.ready(plan.timeout_s, progress)
                 worker = stack.enter_context(self._worker(plan, progress))
                 with stage("start"):
                     hello = _expect(Hello, worker.receive("import"))
                 _check_device(plan, hello)
+                with stage("waiting for the disk"):
+                    cold_files.hold()
                 with stage("page cache and disk"):
                     cache, disk_gb_s = cold_files.ready()
                 loaded = ask(Loaded, _load_request(plan), "load")
