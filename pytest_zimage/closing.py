@@ -11,6 +11,7 @@ import pytest
 
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import ZImageError
+from pytest_zimage.groups import without_group
 from pytest_zimage.notes import session_notes
 from pytest_zimage.outcomes import plain_nodeid
 from pytest_zimage.reports import results as results_file
@@ -19,7 +20,7 @@ from pytest_zimage.reports.results import ErrorRow, Results
 from pytest_zimage.reports.table import update_table, verdict_table
 from pytest_zimage.runbook import runs_in
 from pytest_zimage.session import ZImageSession, start
-from pytest_zimage.stash import PLACES, SESSION
+from pytest_zimage.stash import COLLECTED, SESSION
 from pytest_zimage.xdist import is_worker, place_of
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def save_part(config: pytest.Config) -> None:
 def merge(ours: ZImageSession, found: str) -> None:
     """Take over what one of xdist's workers found, in the order that one process would have found it in."""
     part = results_file.from_json(found.encode())
-    places = ours.config.stash.get(PLACES, {})
+    collected = ours.config.stash.get(COLLECTED, ())
+    places = {without_group(nodeid): place for place, nodeid in enumerate(collected)}
     variants = {test.rpartition("[")[2].removesuffix("]"): place for test, place in reversed(places.items())}
 
     def place(row: Verdict | ErrorRow) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from xdist.scheduler import LoadGroupScheduling
 
-from pytest_zimage.groups import judges_images, variant_of
+from pytest_zimage.groups import judges_images, variant_of, without_group
 from pytest_zimage.xdist import host_of
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ class GroupScheduling(LoadGroupScheduling):  # type: ignore[misc]
     def remove_node(self, node: WorkerController) -> str | None:
         """The test that `node` was running, if any; it is not run again, the rest of its group is."""
         crashed: str | None = None
-        for group, unit in self.assigned_work[node].items():
+        for unit in self.assigned_work[node].values():
             running = next((test for test, finished in unit.items() if not finished), None)
             if running is not None:
                 unit[running] = True
-                crashed = running.removesuffix(f"@{group}")
+                crashed = without_group(running)
                 break
         super().remove_node(node)
         return crashed

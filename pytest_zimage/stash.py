@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,5 +13,5 @@ if TYPE_CHECKING:
 
 SESSION: pytest.StashKey[ZImageSession] = pytest.StashKey()
 FOLDER: pytest.StashKey[Path] = pytest.StashKey()
-PLACES: pytest.StashKey[dict[str, int]] = pytest.StashKey()
-"""Place of each test in the collection of xdist's workers, by node id."""
+COLLECTED: pytest.StashKey[Sequence[str]] = pytest.StashKey()
+"""What xdist's workers collected: node ids in order, with the groups behind them."""

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_zimage.groups import without_group
 from pytest_zimage.outcomes import is_ours, plain_nodeid, xdist_group
-from pytest_zimage.stash import PLACES
+from pytest_zimage.stash import COLLECTED
 
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
@@ -76,7 +75,7 @@ class XdistHooks:
         return GroupScheduling(config, log, lambda name, images: weigh(start(config), name, images=images))
 
     def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
-        self._config.stash[PLACES] = {without_group(nodeid): place for place, nodeid in enumerate(ids)}
+        self._config.stash[COLLECTED] = ids
 
     def pytest_testnodedown(self, node: WorkerController, error: object) -> None:
         self._slots.get(host_of(node), {}).pop(node.gateway.id, None)

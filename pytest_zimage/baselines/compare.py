@@ -8,7 +8,14 @@ from statistics import median
 
 from msgspec import structs
 
-from pytest_zimage.baselines.equal_speed import READING, at_equal_speed, pace_of, relative_speed
+from pytest_zimage.baselines.equal_speed import (
+    READING,
+    Timed,
+    at_equal_speed,
+    of_one_machine,
+    pace_of,
+    relative_speed,
+)
 from pytest_zimage.baselines.schema import BaseRun, MetricBaseline, Published
 from pytest_zimage.baselines.store import Found, Neighbours
 from pytest_zimage.catalog.device_class import DeviceClass
@@ -76,7 +83,8 @@ def compare(
     if level is not None:
         verdict = judge(level, at_equal_speed(paced, pace) or [run.rounds for run in paced], constants)
         verdict = structs.replace(verdict, speed=relative_speed(samples, paced, pace))
-    if pace is READING and runs and not _of_one_machine(samples, runs):
+    every: list[Timed] = [*samples, *runs]
+    if pace is READING and runs and not of_one_machine(every):
         verdict = _of_another_disk(as_timed, None if level is None else verdict)
     return structs.replace(verdict, notes=(*verdict.notes, *(neighbours.notes if neighbours else ())))
 
@@ -207,10 +215,6 @@ def _beyond_band(verdict: Judgement) -> tuple[bool, bool]:
     assert verdict.change is not None
     assert verdict.band is not None
     return verdict.change > verdict.band, verdict.change < -verdict.band
-
-
-def _of_one_machine(samples: Sequence[Sample], runs: Sequence[BaseRun]) -> bool:
-    return len({sample.device for sample in samples} | {run.device for run in runs}) == 1
 
 
 def _level_rounds(runs: Sequence[BaseRun], emptied: bool | None) -> Sequence[Sequence[float]]:

@@ -73,12 +73,16 @@ def at_equal_speed(runs: Sequence[Timed], pace: Pace, like: Sequence[Timed] | No
     compared as they are.
     """
     every = [*runs, *(like or ())]
-    if len({run.device for run in every}) < 2 or not all(pace.of(run) for run in every):
+    if of_one_machine(every) or not all(pace.of(run) for run in every):
         return None
     reference = _centre(like if like is not None else runs, pace)
     own = {run.device: _centre([each for each in runs if each.device == run.device], pace) for run in runs}
     factors = [1 + pace.share(run) * (own[run.device] / reference - 1) for run in runs]
     return [tuple(seconds * factor for seconds in run.rounds) for run, factor in zip(runs, factors, strict=True)]
+
+
+def of_one_machine(runs: Sequence[Timed]) -> bool:
+    return len({run.device for run in runs}) < 2
 
 
 def relative_speed(runs: Sequence[Timed], like: Sequence[Timed], pace: Pace) -> float:

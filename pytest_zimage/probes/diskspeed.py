@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pytest_zimage.probes import pagecache
+
 SAMPLE_BYTES = 512 << 20
 _STRETCHES = 8
 """Spread over the file and read side by side, for one reader alone waits for a disk that could serve more."""
@@ -36,6 +38,7 @@ def read_gb_s(paths: Iterable[Path], sample_bytes: int = SAMPLE_BYTES) -> float 
             seconds = time.perf_counter() - began
     except OSError:
         return None
+    pagecache.empty([path])
     return done / seconds / 1e9 if done == length * _STRETCHES else None
 
 
@@ -47,8 +50,6 @@ def _read(path: Path, begin: int, length: int) -> int:
         done = 0
         while done < length and (count := os.preadv(descriptor, [buffer[: length - done]], begin + done)):
             done += count
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         return done
     finally:
         os.close(descriptor)
