@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from itertools import cycle
 
 import pytest
 
@@ -21,15 +22,15 @@ MIB = 1 << 20
 class Disk:
     """What happens to scripted files; holding waits for `may_hold`, and emptying for `may_empty`."""
 
-    def __init__(self, monkeypatch, emptied=True, gb_s=1.5):
+    def __init__(self, monkeypatch, emptied=True, gb_s=(1.5,)):
         self.events = []
         self.said = []
         self.may_hold, self.may_empty = threading.Event(), threading.Event()
         self.may_hold.set()
         self.may_empty.set()
-        self.asked, self.freed = threading.Event(), threading.Event()
+        self.asked, self.timed, self.freed = threading.Event(), threading.Event(), threading.Event()
         self._state = CacheState(residency=0.0 if emptied else 0.9, emptied=emptied)
-        self._gb_s = gb_s
+        self._gb_s = cycle(gb_s)
         monkeypatch.setattr(coldfiles.pagecache, "empty", self._empty)
         monkeypatch.setattr(coldfiles.diskspeed, "read_gb_s", self._time)
 
@@ -48,7 +49,8 @@ class Disk:
 
     def _time(self, files):
         self.events.append("timed")
-        return self._gb_s
+        self.timed.set()
+        return next(self._gb_s)
 
     @contextmanager
     def _reading(self, progress):
@@ -67,13 +69,28 @@ def test_the_disk_is_timed_with_an_empty_page_cache_and_leaves_it_so(monkeypatch
     with disk.files as files:
         files.hold()
         assert files.ready() == (CacheState(residency=0.0, emptied=True), 1.5)
-        assert disk.events == ["held", "emptied", "timed", "emptied"]
+        assert disk.events == ["held", "emptied", "timed", "timed", "emptied"]
     assert disk.said == []
+
+
+@pytest.mark.parametrize(("readings", "speed"), [((1.5, 0.8), 1.5), ((0.8, 1.5), 1.5), ((1.5, None), 1.5)])
+def test_what_disturbs_one_reading_is_not_the_disks(monkeypatch, readings, speed):
+    disk = Disk(monkeypatch, gb_s=readings)
+    with disk.files as files:
+        files.hold()
+        assert files.ready()[1] == speed
+
+
+def test_the_first_reading_is_taken_beside_what_goes_on_until_the_load(monkeypatch):
+    disk = Disk(monkeypatch)
+    with disk.files as files:
+        files.hold()
+        assert disk.timed.wait(10), "before anybody asks whether the files are ready"
 
 
 @pytest.mark.parametrize(
     ("emptied", "gb_s", "expected"),
-    [(False, 1.5, ["held", "emptied"]), (True, None, ["held", "emptied", "timed"])],
+    [(False, [1.5], ["held", "emptied"]), (True, [None], ["held", "emptied", "timed"])],
     ids=["pages stay", "small files"],
 )
 def test_where_it_cannot_be_timed_it_is_not(monkeypatch, emptied, gb_s, expected):
@@ -129,7 +146,7 @@ def test_a_load_that_fails_lets_others_load(monkeypatch):
     disk = Disk(monkeypatch)
     with pytest.raises(ValueError, match="broken"):
         fails(disk, lambda files: files.hold())
-    assert disk.events == ["held", "emptied", "free"]
+    assert disk.events == ["held", "emptied", "timed", "free"]
 
 
 def test_who_fails_before_waits_for_no_other_process_and_touches_nothing_of_it(monkeypatch):
@@ -171,6 +188,12 @@ def test_a_disk_is_timed_on_the_largest_file(file, tmp_path):
     assert 0 < speed < float("inf")
     assert pagecache.residency([file]).emptied, "the load that follows is cold"
     assert pagecache.residency([small]).residency == 0, "it was not read"
+
+
+def test_a_file_that_stays_in_memory_says_nothing_of_a_disk(file, monkeypatch):
+    file.read_bytes()
+    monkeypatch.setattr(pagecache, "_drop", lambda path, notes: None)
+    assert read_gb_s([file], sample_bytes=32 * MIB) is None
 
 
 def test_a_small_file_says_nothing_of_a_disk(file, tmp_path):

@@ -8,7 +8,7 @@ from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from pytest_zimage.engines.base import ReportProgress
 from pytest_zimage.probes import diskspeed, pagecache
@@ -19,6 +19,11 @@ Reading = Callable[[ReportProgress], AbstractContextManager[None]]
 T = TypeVar("T")
 
 _SAID_EVERY_S = 0.2
+
+
+class _Emptied(NamedTuple):
+    state: CacheState
+    gb_s: float | None
 
 
 class ColdFiles:
@@ -37,7 +42,7 @@ class ColdFiles:
         self._held = threading.Event()
         self._left = False
         self._waiting = ""
-        self._emptied: Future[CacheState | None] = Future()
+        self._emptied: Future[_Emptied | None] = Future()
         self._dropped: Future[CacheState | None] | None = None
 
     def __enter__(self) -> ColdFiles:
@@ -64,12 +69,15 @@ class ColdFiles:
     def ready(self) -> tuple[CacheState, float | None]:
         """The page cache, now empty, and how fast the disk reads in 1e9 bytes a second, None if that cannot be told.
 
-        To be called when the disks are held and nobody reads anything else, and before the load.
+        To be called when the disks are held and nobody reads anything else, and before the load. It is the faster of two
+        readings, one of them taken while the worker started: what else goes on makes a reading slower, never faster.
         """
-        state = self._emptied.result()
-        assert state is not None
-        speed = diskspeed.read_gb_s(self._files) if state.emptied else None
-        return (state if speed is None else pagecache.empty(self._files)), speed
+        emptied = self._emptied.result()
+        assert emptied is not None
+        if emptied.gb_s is None:
+            return emptied.state, None
+        again = diskspeed.read_gb_s(self._files)
+        return pagecache.empty(self._files), max(emptied.gb_s, again or 0.0)
 
     def read(self) -> None:
         """They have been read: empties the page cache of them, and lets others load.
@@ -81,11 +89,14 @@ class ColdFiles:
 
     # ---- beside the user ---------------------------------------------------
 
-    def _take(self) -> CacheState | None:
+    def _take(self) -> _Emptied | None:
         self._disks.enter_context(self._reading(self._say))
         self._held.set()
         # Whoever left meanwhile reads nothing, and others may.
-        return None if self._left else pagecache.empty(self._files)
+        if self._left:
+            return None
+        state = pagecache.empty(self._files)
+        return _Emptied(state, diskspeed.read_gb_s(self._files) if state.emptied else None)
 
     def _say(self, stage: str, done: int, total: int) -> None:
         self._waiting = stage
