@@ -11,10 +11,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from scripted_nvml import Gpu, ScriptedNvml, not_supported
 
 from pytest_zimage.catalog import load_catalog
 from pytest_zimage.probes import environment, packages
 from pytest_zimage.probes.device import Machine
+from pytest_zimage.probes.nvml import gpu_uuids
 
 
 @pytest.fixture
@@ -151,6 +153,26 @@ def test_fingerprint_is_stable_and_hides_the_id(tmp_path):
     assert first not in one.read_text()
     assert len(first) == 12
     assert int(first, 16) >= 0
+
+
+def test_clones_of_one_image_are_told_apart_by_their_gpus(tmp_path):
+    """Two rented H200s had one machine id, and their disks were held for one."""
+    image = tmp_path / "machine-id"
+    image.write_text("3d1219c7c4c5404aaa1f6d2a48adfda4\n")
+    first, second = (environment.machine_fingerprint([image], gpus) for gpus in (["GPU-1"], ["GPU-2"]))
+    assert first != second
+    assert first == environment.machine_fingerprint([image], ["GPU-1"])
+    assert first != environment.machine_fingerprint([image], [])
+
+
+def test_a_machine_has_all_its_gpus_in_one_order(monkeypatch):
+    first, second, lost = (
+        Gpu("NVIDIA H200", (9, 0), 139, uuid=f"GPU-{number}", lost=number == 3) for number in (1, 2, 3)
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert gpu_uuids(ScriptedNvml(second, first, lost)) == ("GPU-1", "GPU-2")
+    assert gpu_uuids(ScriptedNvml()) == gpu_uuids(ScriptedNvml(first, broken=not_supported())) == ()
+    assert gpu_uuids(ScriptedNvml(first, refused=frozenset({"nvmlDeviceGetUUID"}))) == ()
 
 
 def test_fingerprint_without_an_id_is_the_hardware(tmp_path, monkeypatch):

@@ -69,8 +69,8 @@ class ColdFiles:
     def ready(self) -> tuple[CacheState, float | None]:
         """The page cache, now empty, and how fast the disk reads in 1e9 bytes a second, None if that cannot be told.
 
-        To be called when the disks are held and nobody reads anything else, and before the load. It is the faster of two
-        readings, one of them taken while the worker started: what else goes on makes a reading slower, never faster.
+        To be called when the disks are held and nobody reads anything else, and before the load. It is the faster of
+        two readings, the first taken while the worker started: what else goes on makes a reading slower, never faster.
         """
         emptied = self._emptied.result()
         assert emptied is not None

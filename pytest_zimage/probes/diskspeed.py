@@ -2,8 +2,8 @@
 
 Disks of one kind of machine differ, and a rented one differs from hour to hour: those of H200s gave the same files at
 1.3 to 2.9 GB/s. A load is mostly reading, so its time says little of the software unless the disk's speed is known.
-A reading is short, for a load waits for it, and scatters: by 9 % over twelve loads on one H200, whose own rates differed
-by 5 %; on another 3 of 12 readings were a third to a half below the other nine.
+A reading is short, for a load waits for it, and scatters: by 9 % over twelve loads on one H200, whose own rates
+differed by 5 %; on another 3 of 12 readings were a third to a half below the other nine.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest_zimage
 from pytest_zimage.probes.device import Machine
+from pytest_zimage.probes.nvml import gpu_uuids
 from pytest_zimage.probes.packages import ABSENT, kitchen_backends, package_versions
 
 PORTABLE = ("plugin", "torch", "diffusers", "transformers", "comfy-kitchen", "safetensors")
@@ -150,14 +151,15 @@ def firmware(folder: Path = _DMI) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
-def machine_fingerprint(ids: Iterable[Path] = _MACHINE_ID) -> str:
+def machine_fingerprint(ids: Iterable[Path] = _MACHINE_ID, gpus: Iterable[str] | None = None) -> str:
     """Twelve hex digits that are the same on this machine and, as far as can be told, on no other.
 
-    Made of the machine id and the CPU (a cloned image keeps its id on another CPU); without an id, as in most
-    containers, of CPU model, cores and memory. Nothing can be read back out of it.
+    Made of the machine id, the CPU and the UUIDs of all GPUs (`gpus`; None: NVML is asked), since machines cloned from
+    one image have one id: two rented H200s did. Without an id, as in most containers, of CPU model, cores and memory.
+    Nothing can be read back out of it.
     """
     identity = next((text for text in map(_read, ids) if text and text != "uninitialized"), "")
-    parts = [identity, cpu_model()]
+    parts = [identity, cpu_model(), *(gpu_uuids() if gpus is None else gpus)]
     if not identity:
         # Whole GiB, because MemTotal moves by a few MiB from kernel to kernel.
         parts += [str(os.cpu_count()), str(round(memory_total_bytes() / 2**30))]

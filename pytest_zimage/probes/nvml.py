@@ -84,6 +84,22 @@ def devices(nvml: Nvml) -> tuple[list[NvmlDevice], tuple[str, ...]]:
     return found, tuple(notes)
 
 
+def gpu_uuids(lib: Any = None) -> tuple[str, ...]:
+    """Of every GPU in this machine, sorted, whatever CUDA may see of them; none without a driver."""
+    with opened(lib) as session:
+        if isinstance(session, str):
+            return ()
+        found = (_text(_try(session.lib, [], "UUID", session.lib.nvmlDeviceGetUUID, gpu)) for gpu in _handles(session))
+        return tuple(sorted(filter(None, found)))
+
+
+def _handles(nvml: Nvml) -> Iterator[Any]:
+    for index in range(_try(nvml.lib, [], "device count", nvml.lib.nvmlDeviceGetCount) or 0):
+        handle = _try(nvml.lib, [], "handle", nvml.lib.nvmlDeviceGetHandleByIndex, index)
+        if handle is not None:
+            yield handle
+
+
 def _device(lib: Any, handle: Any, index: int, parent: NvmlDevice | None = None) -> NvmlDevice:
     notes: list[str] = []
     name = _text(_try(lib, notes, f"GPU {index}: name", lib.nvmlDeviceGetName, handle))
@@ -142,19 +158,15 @@ class ProcessMemory:
         """
         self._lib = nvml.lib
         self._pids: Callable[[], Collection[int]] = pid if callable(pid) else lambda: (pid,)
-        self._handles = list(self._pick(uuid))
+        self._handles = [
+            handle
+            for handle in _handles(nvml)
+            if not uuid or _text(_try(self._lib, [], "UUID", self._lib.nvmlDeviceGetUUID, handle)) == uuid
+        ]
         self.peak_bytes: int | None = None
         self.others = 0
         """Most processes seen that are not this one."""
         self._refusal = "" if self._handles else f"NVML has no device {uuid or 'at all'}"
-
-    def _pick(self, uuid: str) -> Iterator[Any]:
-        for index in range(_try(self._lib, [], "device count", self._lib.nvmlDeviceGetCount) or 0):
-            handle = _try(self._lib, [], "handle", self._lib.nvmlDeviceGetHandleByIndex, index)
-            if handle is None:
-                continue
-            if not uuid or _text(_try(self._lib, [], "UUID", self._lib.nvmlDeviceGetUUID, handle)) == uuid:
-                yield handle
 
     def poll(self) -> None:
         """Asks once; never raises, a refusal is kept for `notes`."""
