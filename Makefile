@@ -40,6 +40,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/sampling_cost.py
 	$(BIN)/python benchmarks/server_overhead.py
 	$(BIN)/python benchmarks/between_machines.py --slower 0.04
+	$(BIN)/python benchmarks/between_machines.py --metric cold_load --slower 0.6
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

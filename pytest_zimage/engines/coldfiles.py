@@ -54,7 +54,8 @@ class ColdFiles:
     ) -> None:
         self._left = True
         if self._held.is_set():
-            wait([self._emptied, *([self._dropped] if self._dropped else [])])
+            wait([self._emptied])
+            wait([self._dropped] if self._dropped else [])
         self._emptied.add_done_callback(lambda _: self._disks.close())
 
     def hold(self) -> None:
