@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from msgspec import structs
 
 from pytest_zimage.baselines.compare import compare
 from pytest_zimage.baselines.equal_speed import MULTIPLYING, at_equal_speed
 from pytest_zimage.baselines.schema import BaseRun, MetricBaseline
+from pytest_zimage.baselines.store import Neighbours
 from pytest_zimage.catalog import load_catalog
 from pytest_zimage.probes.fitness import CanaryFigures
 from pytest_zimage.verdict.metrics import Sample
@@ -113,11 +116,12 @@ def loads(gb_s: float | None, machine: str, read: float = 1.0) -> list[BaseRun]:
     return found
 
 
-def cold(new: list[BaseRun], base: list[BaseRun]):
+def cold(new: list[BaseRun], base: list[BaseRun], others: Sequence[MetricBaseline] = ()):
     fresh = [
         Sample(rounds=r.rounds, phases=r.phases, emptied=True, device=r.device, disk_gb_s=r.disk_gb_s) for r in new[:3]
     ]
-    return compare(COLD, fresh, MetricBaseline(unit="s", runs=tuple(base)), device=H200)
+    stored, neighbours = MetricBaseline(unit="s", runs=tuple(base)), Neighbours(metrics=tuple(others))
+    return compare(COLD, fresh, stored, device=H200, neighbours=neighbours)
 
 
 @pytest.mark.parametrize("gb_s", [0.8, 1.2, 3.0])
@@ -181,3 +185,33 @@ def test_runs_that_say_how_fast_their_disk_was_are_enough():
 def test_without_knowing_the_disks_a_load_within_the_band_passes():
     found = cold(loads(1.5, "b"), [structs.replace(run, disk_gb_s=None) for run in loads(1.5, "a")])
     assert found.outcome == "pass"
+
+
+def test_a_disk_is_as_fast_as_the_loads_of_all_variants_on_it_say():
+    """Three readings of one variant at two thirds of what fifteen of others say: its own alone would make +40 %."""
+    base = [structs.replace(run, disk_gb_s=1.0) for run in loads(1.5, "a")[:3]]
+    others = [MetricBaseline(unit="s", runs=tuple(loads(1.5, machine))) for machine in ("a", "a", "a", "c")]
+    fresh = loads(1.5, "b")[:1]
+    alone, beside = cold(fresh, base), cold(fresh, base, others)
+    assert alone.speed == pytest.approx(1.5)
+    assert beside.speed == pytest.approx(1.5 ** (3 / 18)), "and the disk of another machine says nothing of this one"
+    assert 0 < beside.change < 0.06 < 0.3 < alone.change
+
+
+def test_what_other_variants_made_of_a_gpu_is_not_its_speed():
+    """A matrix product is as fast as the heat leaves it, and each variant's is another."""
+    hot = [MetricBaseline(unit="s", runs=tuple(runs(0.9, "a")))]
+    found = compare(
+        WARM,
+        samples(0.96, "b"),
+        MetricBaseline(unit="s", runs=tuple(runs(1.0, "a"))),
+        device=H200,
+        neighbours=Neighbours(metrics=tuple(hot)),
+    )
+    assert found.speed == pytest.approx(0.96)
+
+
+def test_the_noise_of_other_variants_is_that_at_equal_speed():
+    quiet = MetricBaseline(unit="s", runs=tuple(loads(1.5, "a") + loads(0.75, "c")))
+    found = cold(loads(1.5, "b"), loads(1.5, "a"), [quiet, quiet])
+    assert found.noise < 0.03, "two machines, one disk half as fast: the loads are 80 % apart as timed"

@@ -8,15 +8,8 @@ from statistics import median
 
 from msgspec import structs
 
-from pytest_zimage.baselines.equal_speed import (
-    READING,
-    Timed,
-    at_equal_speed,
-    of_one_machine,
-    pace_of,
-    relative_speed,
-)
-from pytest_zimage.baselines.schema import BaseRun, MetricBaseline, Published
+from pytest_zimage.baselines.other_machine import Recorded, alike, judge_between
+from pytest_zimage.baselines.schema import MetricBaseline, Published
 from pytest_zimage.baselines.store import Found, Neighbours
 from pytest_zimage.catalog.device_class import DeviceClass
 from pytest_zimage.catalog.model import Metric
@@ -28,18 +21,7 @@ from pytest_zimage.verdict.exact import judge_exact
 from pytest_zimage.verdict.metrics import Sample
 from pytest_zimage.verdict.model import Judgement
 from pytest_zimage.verdict.noise import pooled_noise
-from pytest_zimage.verdict.rule import judge, judge_control
-
-_UNKNOWN_DISK = (
-    "recorded on another machine, and of one of the two it is not known how fast its disk reads: the change may be the "
-    "disk's"
-)
-_FASTER_DISK = (
-    "recorded on another machine, whose disk is slower: this load took no longer, but makes less of its disk; whether "
-    "that is the software or what else limits a load cannot be told"
-)
-_ENOUGH = 3
-"""Runs that say how fast their machine was, below which the noise of a single one would be taken for the baseline."""
+from pytest_zimage.verdict.rule import judge_control
 
 
 def compare(
@@ -73,19 +55,9 @@ def compare(
         ours, theirs = ("was", "was not") if emptied else ("was not", "was")
         note = f"the page cache {ours} emptied before the fresh runs and {theirs} before the baseline's"
         return Judgement(outcome="unfit", k_new=len(samples), notes=(note,))
-    constants = _constants(metric, stored, device, emptied, neighbours, max_runs)
-    runs = _alike(stored.runs, emptied)
-    pace = pace_of(emptied)
-    # Of a baseline that grew over time the older runs may not say; if enough others do, these are compared.
-    paced = [run for run in runs if pace.of(run)]
-    level = at_equal_speed(samples, pace, paced) if len(paced) >= _ENOUGH else None
-    verdict = as_timed = judge([sample.rounds for sample in samples], base, constants)
-    if level is not None:
-        verdict = judge(level, at_equal_speed(paced, pace) or [run.rounds for run in paced], constants)
-        verdict = structs.replace(verdict, speed=relative_speed(samples, paced, pace))
-    every: list[Timed] = [*samples, *runs]
-    if pace is READING and runs and not of_one_machine(every):
-        verdict = _of_another_disk(as_timed, None if level is None else verdict)
+    recorded = Recorded.of(stored, neighbours.metrics if neighbours else (), emptied)
+    constants = _constants(metric, stored, device, recorded.noise(), max_runs)
+    verdict = judge_between(samples, base, recorded, constants)
     return structs.replace(verdict, notes=(*verdict.notes, *(neighbours.notes if neighbours else ())))
 
 
@@ -112,7 +84,7 @@ def compare_to_control(
     base, control = _comparable(stored, emptied), _comparable(control_stored, emptied)
     if not base or not control or isinstance(base, Published) != isinstance(control, Published):
         return None
-    constants = _constants(metric, stored, device, emptied, None, None)
+    constants = _constants(metric, stored, device, (), None)
     return judge_control(
         [sample.rounds for sample in samples], base, [sample.rounds for sample in control_samples], control, constants
     )
@@ -185,59 +157,23 @@ def _comparable(stored: MetricBaseline, emptied: bool | None) -> Published | lis
     """The base side of the same kind; a published cold load means an empty cache."""
     if stored.published is not None:
         return None if emptied is False else stored.published
-    return [run.rounds for run in _alike(stored.runs, emptied)] or None
-
-
-def _alike(runs: Sequence[BaseRun], emptied: bool | None) -> list[BaseRun]:
-    return [run for run in runs if run.emptied == emptied]
-
-
-def _of_another_disk(as_timed: Judgement, at_level: Judgement | None) -> Judgement:
-    """What may be said of a cold load `as_timed` on another machine than recorded; `at_level`: at equal speed.
-
-    Not every load is limited by its disk: where one disk is faster and the load is not, equal speed makes it look slow,
-    and where one is slower and the load is not, fast.
-    """
-    slower, faster = _beyond_band(as_timed)
-    if at_level is None:
-        unknown = structs.replace(as_timed, outcome="unfit", wants_more=False, notes=(_UNKNOWN_DISK,))
-        return unknown if slower or faster else as_timed
-    slower_at_level, faster_at_level = _beyond_band(at_level)
-    if slower_at_level and not slower:
-        return structs.replace(at_level, outcome="unfit", wants_more=False, notes=(_FASTER_DISK,))
-    if faster_at_level and not faster:
-        return structs.replace(at_level, outcome="pass", wants_more=False)
-    return at_level
-
-
-def _beyond_band(verdict: Judgement) -> tuple[bool, bool]:
-    """Whether it is slower by more than the band, and whether it is faster."""
-    assert verdict.change is not None
-    assert verdict.band is not None
-    return verdict.change > verdict.band, verdict.change < -verdict.band
-
-
-def _level_rounds(runs: Sequence[BaseRun], emptied: bool | None) -> Sequence[Sequence[float]]:
-    """Of runs on several GPUs only what differs beside their speed is noise."""
-    alike, pace = _alike(runs, emptied), pace_of(emptied)
-    return at_equal_speed([run for run in alike if pace.of(run)], pace) or [run.rounds for run in alike]
+    return [run.rounds for run in alike(stored.runs, emptied)] or None
 
 
 def _constants(
     metric: Metric,
     stored: MetricBaseline,
     device: DeviceClass,
-    emptied: bool | None,
-    neighbours: Neighbours | None,
+    noise: Sequence[Sequence[Sequence[float]]],
     max_runs: int | None,
 ) -> RuleConstants:
-    others = [_level_rounds(other.runs, emptied) for other in neighbours.metrics] if neighbours else []
+    """`noise`: the rounds of the other variants' runs."""
     return RuleConstants.of(
         metric,
         device=device,
         band=stored.band.relative if stored.band else None,
         band_absolute=stored.band.absolute if stored.band else None,
-        pooled=pooled_noise(others),
+        pooled=pooled_noise(noise),
         max_runs=max_runs,
     )
 
