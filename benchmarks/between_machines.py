@@ -22,6 +22,7 @@ from msgspec import structs
 
 from pytest_zimage.baselines.compare import compare
 from pytest_zimage.baselines.equal_speed import pace_of
+from pytest_zimage.baselines.other_machine import ENOUGH
 from pytest_zimage.baselines.schema import Baseline, BaseRun, MetricBaseline
 from pytest_zimage.baselines.store import Neighbours
 from pytest_zimage.catalog import DeviceClass, Metric, load_catalog
@@ -30,8 +31,6 @@ from pytest_zimage.verdict.model import Judgement
 from pytest_zimage.verdict.words import word
 
 METRICS = ("warm_latency", "cold_load")
-FEWEST_OTHERS = 3
-"""Recorded runs of others, below which there is nothing to judge by."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         for device in dict.fromkeys(run.device for run in baseline.runs):
             own = [run for run in baseline.runs if run.device == device]
             base = _without(baseline, device)
-            if not device or len(base.runs) < FEWEST_OTHERS:
+            if not device or len(base.runs) < ENOUGH:
                 continue
             without = [_without(each, device) for name, each in stored.items() if name != variant]
             neighbours = Neighbours(metrics=tuple(without))

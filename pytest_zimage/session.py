@@ -32,7 +32,7 @@ from pytest_zimage.liveline import open_progress
 from pytest_zimage.options import Settings, read_settings, repeated_options
 from pytest_zimage.planning import make_plan
 from pytest_zimage.probes.device import Machine, detect
-from pytest_zimage.probes.environment import machine_fingerprint, memory_total_bytes, session_environment
+from pytest_zimage.probes.environment import MACHINE_ID, memory_total_bytes, session_environment
 from pytest_zimage.reports.progress import Progress
 from pytest_zimage.runbook import RunBook
 from pytest_zimage.stash import FOLDER, SESSION
@@ -130,7 +130,7 @@ class ZImageSession:
             self.settings.baselines,
             self.settings.local_baselines,
             catalog=self.catalog,
-            machine=machine_fingerprint(),
+            machine=self.environment[MACHINE_ID],
         )
 
     @cached_property

@@ -9,6 +9,7 @@ from msgspec import structs
 
 from pytest_zimage.baselines.equal_speed import (
     READING,
+    Pace,
     Timed,
     at_equal_speed,
     of_one_machine,
@@ -29,7 +30,7 @@ _FASTER_DISK = (
     "recorded on another machine, whose disk is slower: this load took no longer, but makes less of its disk; whether "
     "that is the software or what else limits a load cannot be told"
 )
-_ENOUGH = 3
+ENOUGH = 3
 """Runs that say how fast their machine was, below which the noise of a single one would be taken for the baseline."""
 
 
@@ -39,19 +40,18 @@ class Recorded(NamedTuple):
     runs: list[BaseRun]
     others: list[list[BaseRun]]
     """Of the other variants, one list each."""
-    emptied: bool | None
+    pace: Pace
 
     @classmethod
     def of(cls, stored: MetricBaseline, others: Sequence[MetricBaseline], emptied: bool | None) -> Recorded:
-        return cls(alike(stored.runs, emptied), [alike(other.runs, emptied) for other in others], emptied)
+        return cls(alike(stored.runs, emptied), [alike(other.runs, emptied) for other in others], pace_of(emptied))
 
     def noise(self) -> list[Sequence[Sequence[float]]]:
         """The rounds of the other variants' runs; of runs on several machines only what differs beside their speed."""
-        pace = pace_of(self.emptied)
         found: list[Sequence[Sequence[float]]] = []
         for runs in self.others:
             beside = [run for each in (self.runs, *self.others) if each is not runs for run in each]
-            level = at_equal_speed([run for run in runs if pace.of(run)], pace, recorded=beside)
+            level = at_equal_speed([run for run in runs if self.pace.of(run)], self.pace, recorded=beside)
             found.append(level or [run.rounds for run in runs])
         return found
 
@@ -63,11 +63,11 @@ def judge_between(
 
     `unfit` when a cold load changed on another machine and the disks may have done it.
     """
-    pace, runs = pace_of(recorded.emptied), recorded.runs
+    pace, runs = recorded.pace, recorded.runs
     # Of a baseline that grew over time the older runs may not say; if enough others do, these are compared.
     paced = [run for run in runs if pace.of(run)]
     beside = [run for other in recorded.others for run in other]
-    level = at_equal_speed(samples, pace, paced, beside) if len(paced) >= _ENOUGH else None
+    level = at_equal_speed(samples, pace, paced, beside) if len(paced) >= ENOUGH else None
     verdict = as_timed = judge([sample.rounds for sample in samples], base, constants)
     if level is not None:
         level_base = at_equal_speed(paced, pace, recorded=beside) or [run.rounds for run in paced]

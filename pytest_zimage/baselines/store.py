@@ -17,7 +17,7 @@ from pytest_zimage.baselines.schema import BaseImages, Baseline, Key, MetricBase
 from pytest_zimage.baselines.writing import locked, to_bytes, write_atomically
 from pytest_zimage.catalog import Catalog
 from pytest_zimage.errors import BaselineError
-from pytest_zimage.verdict.metrics import MACHINE_ID
+from pytest_zimage.probes.environment import MACHINE_ID
 
 _RECORD = '--zimage-config {} --update-baselines --update-mode new --update-reason "first of this variant"'
 

@@ -55,7 +55,8 @@ class ColdFiles:
         self._left = True
         if self._held.is_set():
             wait([self._emptied])
-            wait([self._dropped] if self._dropped else [])
+            if self._dropped is not None:
+                wait([self._dropped])
         self._emptied.add_done_callback(lambda _: self._disks.close())
 
     def hold(self) -> None:

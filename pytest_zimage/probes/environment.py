@@ -23,11 +23,15 @@ from pytest_zimage.probes.packages import ABSENT, kitchen_backends, package_vers
 PORTABLE = ("plugin", "torch", "diffusers", "transformers", "comfy-kitchen", "safetensors")
 """Keys of what could change an exact number, such as a count of forwards. The machine is not among them."""
 UNRECORDED = "(not recorded)"
+MACHINE_ID = "machine"
+"""Key: which machine this is."""
+DEVICE_ID = "device_id"
+"""Key: which GPU of its kind this is."""
 _NEVER_MATTERS = frozenset({"started_at", "finished_at", "recorded_at", "wall_s", "pid"})
 _GIT_LIMIT_S = 5.0
 _DMI = Path("/sys/class/dmi/id")
 _PROC = Path("/proc")
-_MACHINE_ID = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
+_ID_FILES = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 
 
 def session_environment(rootdir: Path, machine: Machine | None = None) -> dict[str, str]:
@@ -43,14 +47,14 @@ def session_environment(rootdir: Path, machine: Machine | None = None) -> dict[s
         "cpu": cpu_model(),
         "cpu_cores": str(usable_cores()),
         "memory_total_gib": f"{memory_total_bytes() / 2**30:.1f}",
-        "machine": machine_fingerprint(),
+        MACHINE_ID: machine_fingerprint(),
         **firmware(),
         **package_versions(),
     }
     if machine is not None:
         found |= {"device_class": machine.device_class.name, "device": machine.name}
         if machine.uuid:
-            found["device_id"] = hashlib.sha256(machine.uuid.encode()).hexdigest()[:12]
+            found[DEVICE_ID] = hashlib.sha256(machine.uuid.encode()).hexdigest()[:12]
         if machine.driver:
             found["driver"] = machine.driver
         if machine.capability:
@@ -151,7 +155,7 @@ def firmware(folder: Path = _DMI) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
-def machine_fingerprint(ids: Iterable[Path] = _MACHINE_ID, gpus: Iterable[str] | None = None) -> str:
+def machine_fingerprint(ids: Iterable[Path] = _ID_FILES, gpus: Iterable[str] | None = None) -> str:
     """Twelve hex digits that are the same on this machine and, as far as can be told, on no other.
 
     Made of the machine id, the CPU and the UUIDs of all GPUs (`gpus`; None: NVML is asked), since machines cloned from

@@ -68,10 +68,7 @@ def devices(nvml: Nvml) -> tuple[list[NvmlDevice], tuple[str, ...]]:
     lib = nvml.lib
     found: list[NvmlDevice] = []
     notes: list[str] = []
-    for index in range(_try(lib, notes, "device count", lib.nvmlDeviceGetCount) or 0):
-        handle = _try(lib, notes, f"GPU {index}", lib.nvmlDeviceGetHandleByIndex, index)
-        if handle is None:
-            continue
+    for index, handle in _handles(lib, notes):
         if _is_lost(lib, handle):
             notes.append(f"GPU {index} is lost: it is in the driver's list and answers nothing, so it does not count")
             continue
@@ -89,15 +86,19 @@ def gpu_uuids(lib: Any = None) -> tuple[str, ...]:
     with opened(lib) as session:
         if isinstance(session, str):
             return ()
-        found = (_text(_try(session.lib, [], "UUID", session.lib.nvmlDeviceGetUUID, gpu)) for gpu in _handles(session))
-        return tuple(sorted(filter(None, found)))
+        return tuple(sorted(filter(None, (_uuid(session.lib, handle) for _, handle in _handles(session.lib, [])))))
 
 
-def _handles(nvml: Nvml) -> Iterator[Any]:
-    for index in range(_try(nvml.lib, [], "device count", nvml.lib.nvmlDeviceGetCount) or 0):
-        handle = _try(nvml.lib, [], "handle", nvml.lib.nvmlDeviceGetHandleByIndex, index)
+def _handles(lib: Any, notes: list[str]) -> Iterator[tuple[int, Any]]:
+    """NVML's index and handle of every GPU that has one; `notes` gets what did not answer."""
+    for index in range(_try(lib, notes, "device count", lib.nvmlDeviceGetCount) or 0):
+        handle = _try(lib, notes, f"GPU {index}", lib.nvmlDeviceGetHandleByIndex, index)
         if handle is not None:
-            yield handle
+            yield index, handle
+
+
+def _uuid(lib: Any, handle: Any) -> str:
+    return _text(_try(lib, [], "UUID", lib.nvmlDeviceGetUUID, handle))
 
 
 def _device(lib: Any, handle: Any, index: int, parent: NvmlDevice | None = None) -> NvmlDevice:
@@ -158,11 +159,8 @@ class ProcessMemory:
         """
         self._lib = nvml.lib
         self._pids: Callable[[], Collection[int]] = pid if callable(pid) else lambda: (pid,)
-        self._handles = [
-            handle
-            for handle in _handles(nvml)
-            if not uuid or _text(_try(self._lib, [], "UUID", self._lib.nvmlDeviceGetUUID, handle)) == uuid
-        ]
+        every = (handle for _, handle in _handles(nvml.lib, []))
+        self._handles = [handle for handle in every if not uuid or _uuid(nvml.lib, handle) == uuid]
         self.peak_bytes: int | None = None
         self.others = 0
         """Most processes seen that are not this one."""

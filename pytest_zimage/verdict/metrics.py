@@ -10,12 +10,8 @@ from msgspec import Struct
 from pytest_zimage.engines.protocol import Round
 from pytest_zimage.engines.record import RunRecord
 from pytest_zimage.errors import MeasurementError
+from pytest_zimage.probes.environment import DEVICE_ID, MACHINE_ID
 from pytest_zimage.probes.fitness import CanaryFigures
-
-DEVICE_ID = "device_id"
-"""Key of the environment: which GPU of its kind this is."""
-MACHINE_ID = "machine"
-"""Key of the environment: which machine this is."""
 
 
 class Sample(Struct, frozen=True, kw_only=True):
